@@ -1,0 +1,5 @@
+"""Vision-language models on fused kernels."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
