@@ -1,0 +1,202 @@
+// Parallel: nothing here; callers split blocks over threads. On chip: the mr x nr accumulators stay in registers for
+// the whole of K, a B panel (nr x K) stays in L1 while the A panels pass, the packed block of B in L2. Ragged edges:
+// panels are zero-padded, so a full register tile is always computed; only its valid part is copied out.
+#include "cpu/simd/gemm.h"
+
+#include "cpu/simd/pack.h"
+#include "cpu/simd/vec.h"
+
+namespace pymm::PYMM_ISA {
+namespace {
+
+// Register tiles: the accumulators, one row of B and a broadcast fill the register file.
+#if PYMM_ISA_LEVEL >= 2
+constexpr int kMr = 12, kVectors = 2;
+#elif PYMM_ISA_LEVEL == 1
+constexpr int kMr = 6, kVectors = 2;
+#else
+constexpr int kMr = 4, kVectors = 2;
+#endif
+
+template <class Acc>
+struct FmaTile {
+  using Element = Acc;
+  static constexpr int mr = kMr, nr = kVectors * lanes_of<Acc>(), ka = 1, kb = 1, k_unit = 1;
+
+  static void run(int64_t k, const Acc* a, const Acc* b, Acc* c, int64_t ldc, bool accumulate) {
+    using V = Vector<Acc>;
+    constexpr int lanes = lanes_of<Acc>();
+    V acc[mr][kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = V{};
+    }
+    for (int64_t p = 0; p < k; ++p, a += mr, b += nr) {
+      V row[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) row[j] = load(b + j * lanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < mr; ++i) {
+        const V value = broadcast<Acc>(a[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) acc[i][j] += value * row[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        Acc* target = c + i * ldc + j * lanes;
+        store(target, accumulate ? load(target) + acc[i][j] : acc[i][j]);
+      }
+    }
+  }
+  static void begin() {}
+  static void end() {}
+};
+
+#if PYMM_ISA_LEVEL == 3
+// VDPBF16PS: each lane adds two products of neighbouring K, so panels hold pairs.
+struct Bf16Tile {
+  using Element = bf16;
+  static constexpr int mr = kMr, nr = 2 * kLanes, ka = 2, kb = 2, k_unit = 2;
+
+  static void run(int64_t k, const bf16* a, const bf16* b, float* c, int64_t ldc, bool accumulate) {
+    __m512 acc[mr][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < k; p += 2, a += 2 * mr, b += 2 * nr) {
+      const __m512bh low = (__m512bh)_mm512_loadu_si512(b), high = (__m512bh)_mm512_loadu_si512(b + 2 * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < mr; ++i) {
+        int32_t pair;
+        memcpy(&pair, a + 2 * i, sizeof(pair));
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], value, low);
+        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], value, high);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; ++i) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        float* target = c + i * ldc + j * kLanes;
+        _mm512_storeu_ps(target, accumulate ? _mm512_add_ps(_mm512_loadu_ps(target), acc[i][j]) : acc[i][j]);
+      }
+    }
+  }
+  static void begin() {}
+  static void end() {}
+};
+#elif PYMM_ISA_LEVEL >= 4
+// AMX: 2 x 2 accumulator tiles of 16 x 16. A tile of A is 16 rows of 32 K; a tile of B is 16 pairs of K by 16 columns.
+struct Bf16Tile {
+  using Element = bf16;
+  static constexpr int mr = 32, nr = 32, ka = 32, kb = 2, k_unit = 32;
+
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+
+  static void run(int64_t k, const bf16* a, const bf16* b, float* c, int64_t ldc, bool accumulate) {
+    const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
+    if (accumulate) {
+      _tile_loadd(0, c, stride);
+      _tile_loadd(1, c + 16, stride);
+      _tile_loadd(2, c + 16 * ldc, stride);
+      _tile_loadd(3, c + 16 * ldc + 16, stride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t p = 0; p < k; p += k_unit, a += mr * ka, b += nr * k_unit) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, a + 16 * ka, 64);
+      _tile_loadd(6, b, 128);
+      _tile_loadd(7, b + 32, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + 16, stride);
+    _tile_stored(2, c + 16 * ldc, stride);
+    _tile_stored(3, c + 16 * ldc + 16, stride);
+  }
+  // A thread's tile configuration is its own: it is set for each block and released, so that no other library
+  // finds ours and the kernel saves no tile data on a context switch outside.
+  static void begin() {
+    const Config config;
+    _tile_loadconfig(&config);
+  }
+  static void end() { _tile_release(); }
+};
+#endif
+
+template <class Tile, class Acc>
+void multiply(int64_t m, int64_t n, int64_t k, const void* a, const void* b, void* c, int64_t ldc, bool accumulate) {
+  using Element = typename Tile::Element;
+  constexpr int mr = Tile::mr, nr = Tile::nr;
+  const int64_t depth = round_up(k, Tile::k_unit);
+  const auto* a_panels = static_cast<const Element*>(a);
+  const auto* b_panels = static_cast<const Element*>(b);
+  auto* out = static_cast<Acc*>(c);
+  alignas(64) Acc edge[mr * nr];
+  Tile::begin();
+  for (int64_t j = 0; j < n; j += nr) {
+    const int64_t columns = min_of(nr, n - j);
+    for (int64_t i = 0; i < m; i += mr) {
+      const int64_t rows = min_of(mr, m - i);
+      const Element* a_panel = a_panels + i * depth;
+      const Element* b_panel = b_panels + j * depth;
+      Acc* target = out + i * ldc + j;
+      if (rows == mr && columns == nr) {
+        Tile::run(depth, a_panel, b_panel, target, ldc, accumulate);
+        continue;
+      }
+      Tile::run(depth, a_panel, b_panel, edge, nr, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t s = 0; s < columns; ++s) {
+          target[r * ldc + s] = accumulate ? target[r * ldc + s] + edge[r * nr + s] : edge[r * nr + s];
+        }
+      }
+    }
+  }
+  Tile::end();
+}
+
+template <class Tile, class In>
+constexpr Gemm make() {
+  using Acc = Accumulator<In>;
+  using Element = typename Tile::Element;
+  return Gemm{Tile::mr,
+              Tile::nr,
+              Tile::k_unit,
+              sizeof(Element),
+              &pack<In, Element, Tile::mr, Tile::ka, Tile::k_unit>,
+              &pack<In, Element, Tile::nr, Tile::kb, Tile::k_unit>,
+              &pack<Acc, Element, Tile::mr, Tile::ka, Tile::k_unit>,
+              &pack<Acc, Element, Tile::nr, Tile::kb, Tile::k_unit>,
+              &multiply<Tile, Acc>};
+}
+
+}  // namespace
+
+const GemmTable& gemm_table() {
+#if PYMM_ISA_LEVEL >= 3
+  using ForBf16 = Bf16Tile;
+#else
+  using ForBf16 = FmaTile<float>;
+#endif
+  static constexpr GemmTable table{{make<FmaTile<float>, float>(), make<FmaTile<double>, double>(),
+                                    make<ForBf16, bf16>(), make<FmaTile<float>, f16>()}};
+  return table;
+}
+
+}  // namespace pymm::PYMM_ISA

@@ -1,0 +1,31 @@
+// pymm._C: loads the registrations of the C++ kernels and tells about the build. Nothing else is bound here; the
+// kernels themselves are reached through torch's dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and instruction-set choice of pymm's C++ kernels.";
+  m.def("isa", [] { return std::string(pymm::isa_name(pymm::current_isa())); },
+        "The instruction set that the kernels use now.");
+  m.def("best_isa", [] { return std::string(pymm::isa_name(pymm::best_isa())); },
+        "The best instruction set that this machine can run.");
+  m.def("available_isas", &pymm::available_isas, "The instruction sets that this machine can run, lowest first.");
+  m.def("compiled_isas", &pymm::compiled_isas, "The instruction sets that were compiled, lowest first.");
+  m.def("set_isa", &pymm::set_isa, py::arg("name"),
+        "Pin an instruction set by name; ValueError when it is unknown or the machine cannot run it.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = PYMM_VERSION;
+        info["torch"] = PYMM_BUILT_WITH_TORCH;
+        info["stable_abi"] = "2.10";
+        info["compiler"] = __VERSION__;
+        return info;
+      },
+      "What the extension was built from.");
+}

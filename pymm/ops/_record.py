@@ -1,0 +1,159 @@
+"""One record per op: what registration, tests, benchmarks and `pymm doctor` all read.
+
+An op has a forward kernel and, when it is differentiable, a backward kernel; both are torch ops. Each schema is
+registered in two namespaces: `pymm`, where a kernel of the device takes over from the reference, and
+`pymm_reference`, where nothing does. So choosing a backend is choosing a namespace, and autograd, fake tensors and
+`torch.compile` work alike in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMESPACES = ("pymm", "pymm_reference")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A torch op: its schema without the name, its plain-torch reference and its shape function."""
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a public op: a label, positional and keyword arguments."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One measured call.
+
+    Args:
+        label: the row's name in the table.
+        dtype: of the inputs that `make(dtype)` returns as `(args, kwargs)`.
+        gemm: `(M, N, K)` of the op's matrix product, batch folded into M; the bare GEMM beside it has this size.
+        gemms, gemms_backward: how many such products the forward and the backward pass hold.
+    """
+
+    label: str
+    dtype: torch.dtype
+    make: Callable[[torch.dtype], tuple[tuple[Any, ...], dict[str, Any]]]
+    gemm: tuple[int, int, int] | None = None
+    gemms: int = 1
+    gemms_backward: int = 2
+
+
+@dataclass(frozen=True)
+class Op:
+    """The record of an op.
+
+    Args:
+        name: of the public function, the file and the torch op.
+        function: the public function.
+        forward: the forward kernel.
+        backward: the backward kernel, or None where the op has no gradient.
+        setup_context: `(ctx, inputs, output)`, saves what backward needs.
+        backward_call: `(ctx, backward_op, *grads)`, calls `backward_op` and returns one gradient per forward input.
+        samples: `(dtype)` -> the calls that value, gradient, opcheck, compile and parity tests make, edge cases first.
+        workloads: what `pymm bench` measures.
+        eager: what a user would write without pymm, for the benchmark: same arguments, same result.
+        tolerance: relative error allowed per type against the reference in float64 (low precision is compared with
+            the reference's own error at that type instead).
+        limits: `(*torch-op arguments)` -> None, or why the CPU kernel does not take them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    forward: Kernel
+    samples: Callable[[torch.dtype], Iterator[Sample]]
+    backward: Kernel | None = None
+    setup_context: Callable[..., None] | None = None
+    backward_call: Callable[..., Any] | None = None
+    workloads: Callable[[], Sequence[Workload]] = tuple
+    eager: Callable[..., Any] | None = None
+    tolerance: dict[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float64: 1e-10, torch.float32: 1e-5}
+    )
+    limits: Callable[..., str | None] | None = None
+
+
+REGISTRY: dict[str, Op] = {}
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+
+
+def register(op: Op) -> Op:
+    """Define the op's schemas in every namespace, with reference, fake and autograd, and remember the record."""
+    if op.name in REGISTRY:
+        raise ValueError(f"register: the op {op.name!r} is registered already")
+    for namespace, library in _libraries.items():
+        _define(library, namespace, op.name, op.forward)
+        if op.backward is None:
+            continue
+        _define(library, namespace, f"{op.name}_backward", op.backward)
+        _connect(library, namespace, op)
+    REGISTRY[op.name] = op
+    return op
+
+
+def _define(library: torch.library.Library, namespace: str, name: str, kernel: Kernel) -> None:
+    library.define(f"{name}{kernel.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, kernel.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{namespace}::{name}", kernel.fake, lib=library)
+
+
+def _connect(library: torch.library.Library, namespace: str, op: Op) -> None:
+    assert op.backward is not None
+    assert op.backward_call is not None
+    packet = getattr(getattr(torch.ops, namespace), f"{op.name}_backward")
+    backward_op = packet.default
+    backward_call = op.backward_call
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return backward_call(ctx, backward_op, *grads)
+
+    torch.library.register_autograd(
+        f"{namespace}::{op.name}", backward, setup_context=op.setup_context, lib=library
+    )
+    _connect_double_backward(library, f"{namespace}::{op.name}_backward", op.backward.reference)
+
+
+def _connect_double_backward(
+    library: torch.library.Library, qualname: str, reference: Callable[..., Any]
+) -> None:
+    """Differentiate a backward op through its reference formula, which is plain torch."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.layout = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in inputs)
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        arguments = [next(saved) if slot is None else slot[0] for slot in ctx.layout]
+        with torch.enable_grad():
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:
+                arguments[i] = arguments[i].detach().requires_grad_()
+            outputs = reference(*arguments)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [arguments[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+            )
+        result: list[Any] = [None] * len(arguments)
+        for i, gradient in zip(wanted, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
