@@ -9,10 +9,12 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and instruction-set choice of pymm's C++ kernels.";
-  m.def("isa", [] { return std::string(pymm::isa_name(pymm::current_isa())); },
-        "The instruction set that the kernels use now.");
-  m.def("best_isa", [] { return std::string(pymm::isa_name(pymm::best_isa())); },
-        "The best instruction set that this machine can run.");
+  m.def(
+      "isa", [] { return std::string(pymm::isa_name(pymm::current_isa())); },
+      "The instruction set that the kernels use now.");
+  m.def(
+      "best_isa", [] { return std::string(pymm::isa_name(pymm::best_isa())); },
+      "The best instruction set that this machine can run.");
   m.def("available_isas", &pymm::available_isas, "The instruction sets that this machine can run, lowest first.");
   m.def("compiled_isas", &pymm::compiled_isas, "The instruction sets that were compiled, lowest first.");
   m.def("set_isa", &pymm::set_isa, py::arg("name"),

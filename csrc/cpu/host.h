@@ -47,11 +47,16 @@ inline T* data(const Tensor& t) {
 
 inline DType dtype_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16");
   return DType::f32;
@@ -64,10 +69,14 @@ inline ScalarType accumulator_type(DType dtype) { return dtype == DType::f64 ? S
 template <class F>
 inline auto dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f64: return f.template operator()<double>();
-    case DType::bf16: return f.template operator()<bf16>();
-    case DType::f16: return f.template operator()<f16>();
-    default: return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::bf16:
+      return f.template operator()<bf16>();
+    case DType::f16:
+      return f.template operator()<f16>();
+    default:
+      return f.template operator()<float>();
   }
 }
 

@@ -44,20 +44,32 @@ void set_isa(const std::string& name);
 // PYMM_DECLARE_KERNELS(Table, name) declares `const Table& name()` in the namespace of every instruction set, which
 // csrc/cpu/simd/<op>.cpp defines in its PYMM_ISA, and `pymm::name()`, which returns the variant of the one in use.
 #if defined(__x86_64__)
-#define PYMM_DECLARE_KERNELS(Table, name)                                                              \
-  namespace portable { const Table& name(); }                                                          \
-  namespace avx2 { const Table& name(); }                                                              \
-  namespace avx512 { const Table& name(); }                                                            \
-  namespace avx512_bf16 { const Table& name(); }                                                       \
-  namespace amx { const Table& name(); }                                                               \
-  inline const Table& name() {                                                                         \
-    using Variant = const Table& (*)();                                                                \
-    static constexpr Variant variants[] = {&portable::name, &avx2::name, &avx512::name,                \
-                                           &avx512_bf16::name, &amx::name};                            \
-    return variants[static_cast<int>(current_isa())]();                                                \
+#define PYMM_DECLARE_KERNELS(Table, name)                                                                   \
+  namespace portable {                                                                                      \
+  const Table& name();                                                                                      \
+  }                                                                                                         \
+  namespace avx2 {                                                                                          \
+  const Table& name();                                                                                      \
+  }                                                                                                         \
+  namespace avx512 {                                                                                        \
+  const Table& name();                                                                                      \
+  }                                                                                                         \
+  namespace avx512_bf16 {                                                                                   \
+  const Table& name();                                                                                      \
+  }                                                                                                         \
+  namespace amx {                                                                                           \
+  const Table& name();                                                                                      \
+  }                                                                                                         \
+  inline const Table& name() {                                                                              \
+    using Variant = const Table& (*)();                                                                     \
+    static constexpr Variant variants[] = {&portable::name, &avx2::name, &avx512::name, &avx512_bf16::name, \
+                                           &amx::name};                                                     \
+    return variants[static_cast<int>(current_isa())]();                                                     \
   }
 #else
-#define PYMM_DECLARE_KERNELS(Table, name)     \
-  namespace portable { const Table& name(); } \
+#define PYMM_DECLARE_KERNELS(Table, name) \
+  namespace portable {                    \
+  const Table& name();                    \
+  }                                       \
   inline const Table& name() { return portable::name(); }
 #endif

@@ -88,13 +88,16 @@ class PackedB {
 class PackedA {
  public:
   PackedA(const Gemm& g, int64_t k, int64_t rows = kRows)
-      : gemm_(g), k_(k), chunk_bytes_(round_up(g.a_bytes(rows, min_of(k, kDepth)), 64)),
+      : gemm_(g),
+        k_(k),
+        chunk_bytes_(round_up(g.a_bytes(rows, min_of(k, kDepth)), 64)),
         memory_(chunk_bytes_ * max_of(1, ceil_div(k, kDepth))) {}
 
   template <PackFunction Pack>
   void fill(int64_t row, int64_t rows, Pack&& pack) {
     rows_ = rows;
-    for (int64_t first = 0; first < k_; first += kDepth) pack(row, rows, first, min_of(kDepth, k_ - first), chunk(first));
+    for (int64_t first = 0; first < k_; first += kDepth)
+      pack(row, rows, first, min_of(kDepth, k_ - first), chunk(first));
   }
   void fill(int64_t row, int64_t rows, const Matrix& a) {
     fill(row, rows, [&](int64_t r, int64_t count, int64_t k, int64_t depth, void* panels) {

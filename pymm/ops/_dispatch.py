@@ -1,7 +1,7 @@
 """Which backend runs an op, chosen in one place.
 
-`auto` takes the kernel of the tensors' device and falls back to the plain-torch reference where there is none;
-an explicit choice (`PYMM_BACKEND`, or the context manager `backend`) that cannot be honoured raises.
+`auto` takes the kernel of the tensors' device and falls back to the plain-torch reference where there is
+none; an explicit choice (`PYMM_BACKEND`, or the context manager `backend`) that cannot be honoured raises.
 """
 
 from __future__ import annotations

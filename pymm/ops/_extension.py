@@ -13,7 +13,10 @@ try:
     PROBLEM = None
 except ImportError as error:
     EXTENSION = None
-    PROBLEM = f"the C++ extension pymm._C does not load ({error}); reinstall with: pip install --force-reinstall --no-deps ."
+    PROBLEM = (
+        f"the C++ extension pymm._C does not load ({error}); "
+        "reinstall with: pip install --force-reinstall --no-deps ."
+    )
 
 
 def require_extension() -> ModuleType:

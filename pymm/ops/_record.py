@@ -1,9 +1,9 @@
 """One record per op: what registration, tests, benchmarks and `pymm doctor` all read.
 
-An op has a forward kernel and, when it is differentiable, a backward kernel; both are torch ops. Each schema is
-registered in two namespaces: `pymm`, where a kernel of the device takes over from the reference, and
-`pymm_reference`, where nothing does. So choosing a backend is choosing a namespace, and autograd, fake tensors and
-`torch.compile` work alike in both.
+An op has a forward kernel and, when it is differentiable, a backward kernel; both are torch ops. Each schema
+is registered in two namespaces: `pymm`, where a kernel of the device takes over from the reference, and
+`pymm_reference`, where nothing does. So choosing a backend is choosing a namespace, and autograd, fake
+tensors and `torch.compile` work alike in both.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of a public op: a label, positional and keyword arguments."""
+    """One call of a public op: a label, positional and keyword arguments.
+
+    `smooth` is False where a finite difference is no derivative: at a kink, or where a choice is made.
+    """
 
     label: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    smooth: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Workload:
     Args:
         label: the row's name in the table.
         dtype: of the inputs that `make(dtype)` returns as `(args, kwargs)`.
-        gemm: `(M, N, K)` of the op's matrix product, batch folded into M; the bare GEMM beside it has this size.
+        gemm: `(M, N, K)` of the op's matrix product, batch folded into M; the bare GEMM beside it is that.
         gemms, gemms_backward: how many such products the forward and the backward pass hold.
     """
 
@@ -64,12 +68,12 @@ class Op:
         forward: the forward kernel.
         backward: the backward kernel, or None where the op has no gradient.
         setup_context: `(ctx, inputs, output)`, saves what backward needs.
-        backward_call: `(ctx, backward_op, *grads)`, calls `backward_op` and returns one gradient per forward input.
-        samples: `(dtype)` -> the calls that value, gradient, opcheck, compile and parity tests make, edge cases first.
+        backward_call: `(ctx, backward_op, *grads)`, calls `backward_op` and returns one gradient per input.
+        samples: `(dtype)` -> the calls that every test of the op makes, edge cases first.
         workloads: what `pymm bench` measures.
         eager: what a user would write without pymm, for the benchmark: same arguments, same result.
-        tolerance: relative error allowed per type against the reference in float64 (low precision is compared with
-            the reference's own error at that type instead).
+        tolerance: relative error allowed per type against the reference in float64; a type that is not there
+            may have twice the error that plain torch (`eager`, else the reference) has at that type.
         limits: `(*torch-op arguments)` -> None, or why the CPU kernel does not take them.
     """
 
@@ -93,7 +97,7 @@ _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace i
 
 
 def register(op: Op) -> Op:
-    """Define the op's schemas in every namespace, with reference, fake and autograd, and remember the record."""
+    """Define the op's schemas in every namespace, with reference, fake and autograd; keep the record."""
     if op.name in REGISTRY:
         raise ValueError(f"register: the op {op.name!r} is registered already")
     for namespace, library in _libraries.items():
@@ -149,7 +153,10 @@ def _connect_double_backward(
             outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             found = torch.autograd.grad(
-                [o for o, _ in pairs], [arguments[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+                [o for o, _ in pairs],
+                [arguments[i] for i in wanted],
+                [g for _, g in pairs],
+                allow_unused=True,
             )
         result: list[Any] = [None] * len(arguments)
         for i, gradient in zip(wanted, found, strict=True):

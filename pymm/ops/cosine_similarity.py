@@ -132,7 +132,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("ragged", (rand(37, 19), rand(53, 19)))
     zero = rand(7, 16)
     zero[2] = 0
-    yield Sample("a zero row", (zero, rand(9, 16)))
+    yield Sample("a zero row", (zero, rand(9, 16)), smooth=False)
+    yield Sample("norms below eps", (rand(7, 16) * 0.1, rand(9, 16)), {"eps": 0.5})
     yield Sample("tiny and huge rows", (rand(6, 24) * 1e-3, rand(5, 24) * 1e2))
     yield Sample("batch", (rand(2, 3, 17, 8), rand(2, 3, 11, 8)), {"scale": 2.5})
     yield Sample("one y for all", (rand(4, 9, 33), rand(12, 33)), {"scale": torch.tensor(3.0, dtype=dtype)})

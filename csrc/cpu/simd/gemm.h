@@ -19,15 +19,16 @@ namespace pymm {
 
 struct Gemm {
   // Strides in elements: element (i, k) of the source is source[i * row_stride + k * k_stride].
-  using Pack = void (*)(const void* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k, void* panels);
+  using Pack = void (*)(const void* source, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t k,
+                        void* panels);
   // C is row-major with `ldc` accumulators from row to row; `accumulate` adds to what is there.
   using Multiply = void (*)(int64_t m, int64_t n, int64_t k, const void* a, const void* b, void* c, int64_t ldc,
                             bool accumulate);
 
-  int64_t mr, nr;              // rows and columns of the register tile
-  int64_t k_unit;              // panels are padded to a multiple of this along K
-  int64_t element_bytes;       // of a panel
-  Pack pack_a, pack_b;         // from the input type
+  int64_t mr, nr;                                 // rows and columns of the register tile
+  int64_t k_unit;                                 // panels are padded to a multiple of this along K
+  int64_t element_bytes;                          // of a panel
+  Pack pack_a, pack_b;                            // from the input type
   Pack pack_a_accumulators, pack_b_accumulators;  // from float (double for double): a tile computed before
   Multiply multiply;
 

@@ -6,9 +6,13 @@
 namespace pymm::PYMM_ISA {
 
 template <class From, class To>
-inline To convert(From x) { return from_acc<To>(static_cast<Accumulator<To>>(to_acc(x))); }
+inline To convert(From x) {
+  return from_acc<To>(static_cast<Accumulator<To>>(to_acc(x)));
+}
 template <>
-inline bf16 convert<bf16, bf16>(bf16 x) { return x; }
+inline bf16 convert<bf16, bf16>(bf16 x) {
+  return x;
+}
 
 template <class From, class To>
 inline void convert_run(const From* source, To* target, int64_t count) {
@@ -24,7 +28,8 @@ inline void convert_run(const From* source, To* target, int64_t count) {
 
 // One panel whose rows are contiguous along K. Blocks of `lanes` units of 32 bits are turned in registers.
 template <class From, class To, int group, int unit>
-inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t rows, int64_t k, int64_t depth, To* panel) {
+inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t rows, int64_t k, int64_t depth,
+                               To* panel) {
   constexpr bool turnable = unit * sizeof(To) == 4;
   int64_t done = 0;
   if constexpr (turnable) {
@@ -68,7 +73,8 @@ inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t r
 
 // One panel whose rows lie side by side in memory (row_stride 1): lines of K are copied, pairs interleaved.
 template <class From, class To, int group, int unit>
-inline void pack_panel_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth, To* panel) {
+inline void pack_panel_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth,
+                                  To* panel) {
   constexpr To zero{};
   for (int64_t p = 0; p < depth; p += unit) {
     alignas(64) To lines[unit][group];

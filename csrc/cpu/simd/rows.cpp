@@ -50,7 +50,8 @@ struct Impl {
     });
   }
 
-  static void narrow_columns(const void* accumulators, double scale, const void* column_scale, int64_t n, void* target) {
+  static void narrow_columns(const void* accumulators, double scale, const void* column_scale, int64_t n,
+                             void* target) {
     const V s = broadcast<Acc>(static_cast<Acc>(scale));
     each(n, [&](int64_t i, int64_t count) {
       const V c = load_some(static_cast<const Acc*>(column_scale) + i, count);
@@ -62,7 +63,8 @@ struct Impl {
   static double dot(const void* accumulators, const void* b, int64_t n) {
     V sum{};
     each(n, [&](int64_t i, int64_t count) {
-      sum += load_some(static_cast<const Acc*>(accumulators) + i, count) * load_some(static_cast<const T*>(b) + i, count);
+      sum +=
+          load_some(static_cast<const Acc*>(accumulators) + i, count) * load_some(static_cast<const T*>(b) + i, count);
     });
     return static_cast<double>(reduce_add(sum));
   }

@@ -26,7 +26,9 @@ constexpr int kVectorBytes = 16;
 #endif
 
 template <class T>
-constexpr int lanes_of() { return kVectorBytes / static_cast<int>(sizeof(T)); }
+constexpr int lanes_of() {
+  return kVectorBytes / static_cast<int>(sizeof(T));
+}
 constexpr int kLanes = lanes_of<float>();
 
 typedef float vfloat __attribute__((vector_size(kVectorBytes)));
@@ -58,7 +60,9 @@ inline To bit_cast(From from) {
 }
 
 template <class Acc>
-inline Vector<Acc> broadcast(Acc value) { return value - Vector<Acc>{}; }
+inline Vector<Acc> broadcast(Acc value) {
+  return value - Vector<Acc>{};
+}
 
 // One value, to and from float or double.
 
@@ -80,9 +84,13 @@ inline float to_acc(f16 x) {
 template <class T>
 inline T from_acc(Accumulator<T> x);
 template <>
-inline float from_acc<float>(float x) { return x; }
+inline float from_acc<float>(float x) {
+  return x;
+}
 template <>
-inline double from_acc<double>(double x) { return x; }
+inline double from_acc<double>(double x) {
+  return x;
+}
 // Round to nearest even; a NaN stays a NaN.
 template <>
 inline bf16 from_acc<bf16>(float x) {
@@ -111,8 +119,16 @@ inline f16 from_acc<f16>(float x) {
 
 // Whole registers. load() widens to the accumulator's type, store() rounds.
 
-inline vfloat load(const float* p) { vfloat v; memcpy(&v, p, sizeof(v)); return v; }
-inline vdouble load(const double* p) { vdouble v; memcpy(&v, p, sizeof(v)); return v; }
+inline vfloat load(const float* p) {
+  vfloat v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline vdouble load(const double* p) {
+  vdouble v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
 inline vfloat load(const bf16* p) {
   vhalf_bits v;
   memcpy(&v, p, sizeof(v));
@@ -178,9 +194,13 @@ inline void store_some(T* p, Vector<Accumulator<T>> v, int64_t count) {
 
 // max(a, b) and min(a, b) per lane; when either is NaN the result is b, as x86's instructions have it.
 template <class V>
-inline V vmax(V a, V b) { return a > b ? a : b; }
+inline V vmax(V a, V b) {
+  return a > b ? a : b;
+}
 template <class V>
-inline V vmin(V a, V b) { return a < b ? a : b; }
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
+}
 
 template <class V>
 inline auto reduce_add(V v) {
