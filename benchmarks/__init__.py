@@ -1,0 +1,1 @@
+"""Workloads, runner and results of pymm's measurements, installed as `pymm.benchmarks`."""
