@@ -92,12 +92,19 @@ def _quick_gelu_backward(dout: Tensor, z: Tensor) -> Tensor:
     return dout * (s + QUICK * z * s * (1 - s))
 
 
+def _silu_backward(dout: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(dout, z)
+    s = torch.sigmoid(z)  # torch does not differentiate its own silu_backward
+    return dout * (s + z * s * (1 - s))
+
+
 _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda dout, z: torch.ops.aten.gelu_backward(dout, z, approximate="tanh"),
     "quick_gelu": _quick_gelu_backward,
     "relu": lambda dout, z: torch.ops.aten.threshold_backward(dout, z, 0),
-    "silu": torch.ops.aten.silu_backward,
+    "silu": _silu_backward,
 }
 
 
