@@ -1,6 +1,6 @@
 """Which backend runs an op, chosen in one place.
 
-`auto` takes the kernel of the tensors' device and falls back to the plain-torch reference where there is
+`auto` takes the best kernel of the tensors' device and falls back to the plain-torch reference where there is
 none; an explicit choice (`PYMM_BACKEND`, or the context manager `backend`) that cannot be honoured raises.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from pymm.ops import _gpu
 from pymm.ops._extension import EXTENSION, PROBLEM
-from pymm.ops._record import REGISTRY
+from pymm.ops._record import NAMESPACES, REGISTRY
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -96,15 +97,10 @@ def _device_of(tensors: tuple[Any, ...]) -> torch.device | None:
     return None
 
 
-def _missing(op: str, arguments: tuple[Any, ...]) -> str | None:
-    """Why no kernel of the tensors' device would run these arguments, or None when one would."""
-    device = _device_of(arguments)
-    if device is None:
-        return "there is no tensor among the arguments"
-    if device.type == "meta":
-        return "meta tensors carry shapes only"
-    if device.type != "cpu":
-        return f"no {device.type} kernel exists for this op"
+def _missing(op: str, candidate: str, arguments: tuple[Any, ...]) -> str | None:
+    """Why a backend would not run these arguments, or None when it would."""
+    if candidate != "cpu":
+        return _gpu.missing(candidate, op, arguments)
     if EXTENSION is None:
         return PROBLEM
     if not _has_cpu_kernel(op):
@@ -117,17 +113,40 @@ def _select(op: str, arguments: tuple[Any, ...]) -> Explanation:
     choice = _choice(op)
     if choice == "reference":
         return Explanation(op, "reference", "chosen explicitly")
-    missing = _missing(op, arguments)
     device = _device_of(arguments)
-    kind = device.type if device is not None else "cpu"
-    if choice not in ("auto", kind):
-        raise ValueError(f"{op}: backend {choice!r} was chosen explicitly, but the tensors are on {kind}")
-    if missing is None:
-        how = "chosen explicitly" if choice != "auto" else "the kernel of the tensors' device"
-        return Explanation(op, kind, f"{how}, instruction set {_isa()}")
+    kind = device.type if device is not None else "no device"
     if choice != "auto":
-        raise ValueError(f"{op}: backend {choice!r} was chosen explicitly, but {missing}")
-    return Explanation(op, "reference", missing)
+        if choice not in _allowed(kind):
+            raise ValueError(f"{op}: backend {choice!r} was chosen explicitly, but the tensors are on {kind}")
+        missing = _missing(op, choice, arguments)
+        if missing is not None:
+            raise ValueError(f"{op}: backend {choice!r} was chosen explicitly, but {missing}")
+        return Explanation(op, choice, "chosen explicitly" + _detail(choice))
+    reasons = []
+    for candidate in _candidates(op, kind):
+        missing = _missing(op, candidate, arguments)
+        if missing is None:
+            return Explanation(op, candidate, f"the kernel for {kind}" + _detail(candidate))
+        reasons.append(f"{candidate}: {missing}")
+    return Explanation(op, "reference", "; ".join(reasons) or f"no kernel exists for {kind}")
+
+
+def _candidates(op: str, kind: str) -> tuple[str, ...]:
+    """The backends that `auto` tries on a kind of device, best first."""
+    if kind == "cpu":
+        return ("cpu",)
+    return _gpu.preference(op) if kind == "cuda" else ()
+
+
+def _allowed(kind: str) -> tuple[str, ...]:
+    """The backends that may be chosen explicitly on a kind of device."""
+    if kind == "cpu":
+        return ("cpu", "triton") if _gpu.interpreting() else ("cpu",)
+    return ("triton", "cuda") if kind == "cuda" else ()
+
+
+def _detail(backend_name: str) -> str:
+    return f", instruction set {_isa()}" if backend_name == "cpu" else ""
 
 
 class _Found(Exception):
@@ -146,11 +165,10 @@ def call(op: str, *arguments: Any) -> Any:
     """Run the torch op `op` on `arguments` with the backend in force."""
     if _explaining is not None and _explaining == threading.get_ident():
         raise _Found(_select(op, arguments))
-    if not _choices and REGISTRY[op].limits is None:
+    if not _choices and arguments[0].is_cpu and REGISTRY[op].limits is None:
         return getattr(torch.ops.pymm, op).default(*arguments)
-    chosen = _select(op, arguments).backend
-    namespace = torch.ops.pymm_reference if chosen == "reference" else torch.ops.pymm
-    return getattr(namespace, op).default(*arguments)
+    namespace = NAMESPACES[_select(op, arguments).backend]
+    return getattr(getattr(torch.ops, namespace), op).default(*arguments)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -1,20 +1,21 @@
 """One record per op: what registration, tests, benchmarks and `pymm doctor` all read.
 
 An op has a forward kernel and, when it is differentiable, a backward kernel; both are torch ops. Each schema
-is registered in two namespaces: `pymm`, where a kernel of the device takes over from the reference, and
-`pymm_reference`, where nothing does. So choosing a backend is choosing a namespace, and autograd, fake
-tensors and `torch.compile` work alike in both.
+is registered in one namespace per backend: `pymm`, where the C++ kernel takes over from the reference on a
+CPU, `pymm_reference`, where nothing does, and `pymm_triton` and `pymm_cuda` on first use. So choosing a
+backend is choosing a namespace, and autograd, fake tensors and `torch.compile` work alike in all.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-NAMESPACES = ("pymm", "pymm_reference")
+NAMESPACES = {"cpu": "pymm", "reference": "pymm_reference", "triton": "pymm_triton", "cuda": "pymm_cuda"}
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,35 @@ class Op:
 
 
 REGISTRY: dict[str, Op] = {}
-_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in NAMESPACES}
+_libraries: dict[str, torch.library.Library] = {}
+_defined: set[tuple[str, str]] = set()
+_lock = threading.RLock()
 
 
 def register(op: Op) -> Op:
-    """Define the op's schemas in every namespace, with reference, fake and autograd; keep the record."""
+    """Define the op's schemas for the CPU and the reference, with fake and autograd; keep the record."""
     if op.name in REGISTRY:
         raise ValueError(f"register: the op {op.name!r} is registered already")
-    for namespace, library in _libraries.items():
-        _define(library, namespace, op.name, op.forward)
-        if op.backward is None:
-            continue
-        _define(library, namespace, f"{op.name}_backward", op.backward)
-        _connect(library, namespace, op)
     REGISTRY[op.name] = op
+    for backend in ("cpu", "reference"):
+        library_of(backend, op)
     return op
+
+
+def library_of(backend: str, op: Op) -> torch.library.Library:
+    """The torch library of a backend, with the op's schemas defined in it."""
+    namespace = NAMESPACES[backend]
+    with _lock:
+        if namespace not in _libraries:
+            _libraries[namespace] = torch.library.Library(namespace, "DEF")
+        library = _libraries[namespace]
+        if (namespace, op.name) not in _defined:
+            _defined.add((namespace, op.name))
+            _define(library, namespace, op.name, op.forward)
+            if op.backward is not None:
+                _define(library, namespace, f"{op.name}_backward", op.backward)
+                _connect(library, namespace, op)
+        return library
 
 
 def _define(library: torch.library.Library, namespace: str, name: str, kernel: Kernel) -> None:
