@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,12 @@ def _cotangent(output: Tensor, index: int, like: torch.dtype) -> Tensor:
 
 
 def run(
-    op: Op, sample: Sample, *, function: Any = None, dtype: torch.dtype | None = None, backend: str = "auto"
+    op: Op,
+    sample: Sample,
+    *,
+    function: Any = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Result:
     """Call an op on a sample, in `dtype` if given, and differentiate it.
 
@@ -100,7 +105,7 @@ def run(
         if isinstance(a, Tensor) and a.is_floating_point()
     )
     torch.manual_seed(1)
-    with ops.backend(backend):
+    with ops.backend(backend) if backend else nullcontext():
         got = (function or op.function)(*args, **kwargs)
         outputs = tuple(got) if isinstance(got, (tuple, list)) else (got,)
         roots = [(o, _cotangent(o, i, own)) for i, o in enumerate(outputs) if o.requires_grad]

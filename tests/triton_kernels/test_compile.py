@@ -1,0 +1,73 @@
+"""Every Triton configuration compiles for each GPU, without spills, within the GPU's shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+import pymm.triton_kernels  # noqa: E402
+
+# Compute capability -> shared memory that one block may have, in bytes (CUDA C++ programming guide, appendix
+# on compute capabilities).
+TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+def _modules():
+    names = sorted(
+        m.name for m in pkgutil.iter_modules(pymm.triton_kernels.__path__) if not m.name.startswith("_")
+    )
+    return [importlib.import_module(f"pymm.triton_kernels.{name}") for name in names]
+
+
+CASES = [
+    pytest.param(c, id=f"{m.__name__.rpartition('.')[2]}-{c.label}".replace(" ", "_"))
+    for m in _modules()
+    for c in m.compilations()
+]
+
+
+def _spilled_bytes(compiled, tmp_path: Path) -> int:
+    """Stores and loads of spilled registers, as ptxas counts them for the kernel's PTX."""
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    capability = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+    # Triton ships two assemblers; the newer one reads every PTX version.
+    ptxas = getattr(triton.knobs.nvidia, "ptxas_blackwell", triton.knobs.nvidia.ptxas)
+    done = subprocess.run(
+        [ptxas.path, "-v", f"-arch={capability}", str(ptx), "-o", str(tmp_path / "kernel.cubin")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+
+
+# What Triton itself finds out about the arguments of a launch: whether they are multiples of 16.
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("capability", sorted(TARGETS))
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills(case, capability: int, aligned: bool, tmp_path: Path) -> None:
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    assert {n for n, kind in signature.items() if kind == "constexpr"} == set(case.constants)
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    numbers = [i for i, name in enumerate(names) if signature[name].startswith(("*", "i"))]
+    attributes = {(i,): ALIGNED for i in numbers} if aligned else None
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
+    assert compiled.metadata.shared <= TARGETS[capability]
+    assert _spilled_bytes(compiled, tmp_path) == 0
