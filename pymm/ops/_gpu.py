@@ -19,7 +19,7 @@ import torch
 from pymm.ops._record import NAMESPACES, REGISTRY, library_of
 
 # Which candidate serves an op when nobody chooses, best first. No GPU has measured either yet.
-ORDER = ("cuda", "triton")
+ORDER = ("triton", "cuda")
 
 
 def preference(op: str) -> tuple[str, ...]:

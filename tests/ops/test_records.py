@@ -43,7 +43,7 @@ def _bounds(op, sample, dtype: torch.dtype, truth: Result) -> dict[str, float]:
     return bounds
 
 
-def _check(op, sample, dtype: torch.dtype, truth: Result, got: Result) -> None:
+def check(op, sample, dtype: torch.dtype, truth: Result, got: Result) -> None:
     bounds = _bounds(op, sample, dtype, truth)
     assert len(got.outputs) == len(truth.outputs)
     for name, value in truth.named().items():
@@ -72,7 +72,7 @@ def test_kernel_equals_reference_in_float64(
         got = run(op, sample)
     for output, expected in zip(got.outputs, truth.outputs, strict=True):
         assert output.is_floating_point() == expected.is_floating_point()
-    _check(op, sample, dtype, truth, got)
+    check(op, sample, dtype, truth, got)
 
 
 @every_sample
@@ -80,7 +80,7 @@ def test_kernel_equals_reference_in_float64(
 def test_reference_equals_itself_in_float64(name: str, index: int, dtype: torch.dtype) -> None:
     op, sample = sample_of(name, index, dtype)
     truth = run(op, sample, dtype=torch.float64, backend="reference")
-    _check(op, sample, dtype, truth, run(op, sample, backend="reference"))
+    check(op, sample, dtype, truth, run(op, sample, backend="reference"))
 
 
 @every_sample
@@ -90,7 +90,7 @@ def test_threads(name: str, index: int, threads) -> None:
     for count in (1, 2, 3):
         threads(count)
         first, second = run(op, sample), run(op, sample)
-        _check(op, sample, torch.float32, truth, first)
+        check(op, sample, torch.float32, truth, first)
         for key, value in first.named().items():
             again = second.named()[key]
             assert value is None or torch.equal(value.nan_to_num(), again.nan_to_num()), (
