@@ -3,8 +3,10 @@
 from pymm.ops._dispatch import BACKENDS, Explanation, backend, explain
 from pymm.ops._record import REGISTRY
 from pymm.ops.cosine_similarity import cosine_similarity
+from pymm.ops.info_nce import info_nce
 from pymm.ops.linear import linear
 from pymm.ops.patch_embed import patch_embed
+from pymm.ops.sigmoid_contrastive import sigmoid_contrastive
 
 __all__ = [
     "BACKENDS",
@@ -13,6 +15,8 @@ __all__ = [
     "backend",
     "cosine_similarity",
     "explain",
+    "info_nce",
     "linear",
     "patch_embed",
+    "sigmoid_contrastive",
 ]
