@@ -1,0 +1,26 @@
+"""Images and captions: WebDataset shards, the embedded emoji pack, transforms and tokenizers."""
+
+from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
+from pymm.data.loader import Batch, ImageTextLoader
+from pymm.data.report import Report
+from pymm.data.samples import Limits
+from pymm.data.shards import list_shards
+from pymm.data.tokenizer import Tokenizer
+from pymm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, TrainTransform, Transform
+
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "Batch",
+    "EvalTransform",
+    "ImageTextLoader",
+    "Limits",
+    "Report",
+    "Tokenizer",
+    "TrainTransform",
+    "Transform",
+    "emoji_concepts",
+    "emoji_shards",
+    "list_shards",
+    "unseen_concepts",
+]
