@@ -3,10 +3,13 @@
 from pymm.ops._dispatch import BACKENDS, Explanation, backend, explain
 from pymm.ops._record import REGISTRY
 from pymm.ops.cosine_similarity import cosine_similarity
+from pymm.ops.cosine_topk import cosine_topk
 from pymm.ops.info_nce import info_nce
 from pymm.ops.linear import linear
+from pymm.ops.mined_triplet_loss import mined_triplet_loss
 from pymm.ops.patch_embed import patch_embed
 from pymm.ops.sigmoid_contrastive import sigmoid_contrastive
+from pymm.ops.triplet_loss import triplet_loss
 
 __all__ = [
     "BACKENDS",
@@ -14,9 +17,12 @@ __all__ = [
     "Explanation",
     "backend",
     "cosine_similarity",
+    "cosine_topk",
     "explain",
     "info_nce",
     "linear",
+    "mined_triplet_loss",
     "patch_embed",
     "sigmoid_contrastive",
+    "triplet_loss",
 ]

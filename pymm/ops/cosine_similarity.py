@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.ops._checks import autocast, check_device, check_same, check_shape, fail, shape
+from pymm.ops._cosine import accumulator, inverse_norms, row_gradient
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
 
@@ -66,16 +67,15 @@ def cosine_similarity(
 
 
 def _reference(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulator(x.dtype)
     xa, ya = x.to(acc), y.to(acc)
-    inv_x = xa.norm(dim=-1).clamp_min(eps).reciprocal()
-    inv_y = ya.norm(dim=-1).clamp_min(eps).reciprocal()
+    inv_x, inv_y = inverse_norms(x, eps), inverse_norms(y, eps)
     s = (xa * inv_x[..., None]) @ (ya * inv_y[..., None]).mT
     return s.to(x.dtype), inv_x, inv_y
 
 
 def _fake(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulator(x.dtype)
     return (
         x.new_empty((*x.shape[:-1], y.shape[-2])),
         x.new_empty(x.shape[:-1], dtype=acc),
@@ -83,21 +83,13 @@ def _fake(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _side(g: Tensor, x: Tensor, y: Tensor, inv_x: Tensor, inv_y: Tensor, eps: float) -> Tensor:
-    """Gradient of the rows of x; g is dout as seen from x, `(..., N, M)`."""
-    unit = x * inv_x[..., None]
-    t = g @ (y * inv_y[..., None])  # (..., N, D)
-    free = (inv_x < (1 - 1e-6) / eps)[..., None]  # where max(||x||, eps) is the norm and not eps
-    return inv_x[..., None] * (t - free * (t * unit).sum(-1, keepdim=True) * unit)
-
-
 def _backward_reference(
     dout: Tensor, x: Tensor, y: Tensor, inv_x: Tensor, inv_y: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = accumulator(x.dtype)
     g, xa, ya = dout.to(acc), x.to(acc), y.to(acc)
-    dx = _side(g, xa, ya, inv_x, inv_y, eps)
-    dy = _side(g.mT, ya.expand(*x.shape[:-2], *y.shape[-2:]), xa, inv_y, inv_x, eps)
+    dx = row_gradient(g, xa, ya, inv_x, inv_y, eps)
+    dy = row_gradient(g.mT, ya.expand(*x.shape[:-2], *y.shape[-2:]), xa, inv_y, inv_x, eps)
     return dx.to(x.dtype), dy.sum_to_size(y.shape).to(y.dtype)
 
 
