@@ -2,6 +2,8 @@
 
 from pymm.ops._dispatch import BACKENDS, Explanation, backend, explain
 from pymm.ops._record import REGISTRY
+from pymm.ops.attention import attention
+from pymm.ops.attention_varlen import attention_varlen
 from pymm.ops.cosine_similarity import cosine_similarity
 from pymm.ops.cosine_topk import cosine_topk
 from pymm.ops.info_nce import info_nce
@@ -15,6 +17,8 @@ __all__ = [
     "BACKENDS",
     "REGISTRY",
     "Explanation",
+    "attention",
+    "attention_varlen",
     "backend",
     "cosine_similarity",
     "cosine_topk",
