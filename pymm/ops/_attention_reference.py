@@ -38,51 +38,41 @@ def philox(
     return c0, c1, c2, c3
 
 
-def dropout_keep(seed: Tensor, dropout_p: float, heads: Tensor, rows: int, columns: int) -> Tensor:
-    """Which weights survive dropout, `(heads, rows, columns)` bool, a function of seed and position only.
+def dropout_factor(
+    seed: Tensor | None, dropout_p: float, heads: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """What dropout multiplies each weight by: 0 or 1 / (1 - dropout_p), a function of seed and position only.
 
-    One counter serves a row's columns s, s + 16, s + 32 and s + 48 of each block of 64, so that a vector of
-    lanes draws neighbouring columns. The counter is (16 ⌊s / 64⌋ + s mod 16, t, head mod 2^32, ⌊head / 2^32⌋)
-    and the word number ⌊s / 16⌋ mod 4; a weight is kept where its word is at least `dropout_p` · 2^32.
+    The counter of a weight is (16 ⌊s / 64⌋ + s mod 16, t, head mod 2^32, ⌊head / 2^32⌋) and its word number
+    ⌊s / 16⌋ mod 4, so that neighbouring columns are neighbouring counters and one call serves four vectors of
+    16. A weight is kept where its word is at least `dropout_p` · 2^32.
 
     Args:
-        heads: int64, the index b · H + h of each head.
+        seed: of one element, or None without dropout.
+        heads, rows, columns: int64, the indices b · H + h, t and s, broadcastable to the weights' shape.
     """
-    device = seed.device
-    blocks = -(-columns // 64)
-    c0 = torch.arange(16 * blocks, device=device)
-    c1 = torch.arange(rows, device=device)[:, None]
-    c2, c3 = (heads & _WORD)[:, None, None], (heads >> 32)[:, None, None]
-    words = torch.stack(
-        [w.expand(heads.numel(), rows, 16 * blocks) for w in philox((c0, c1, c2, c3), seed)], -1
-    )
-    words = words.unflatten(2, (blocks, 16)).transpose(-1, -2).flatten(2)  # (heads, rows, blocks * 4 * 16)
-    return words[..., :columns] >= round(dropout_p * 2**32)
+    if seed is None:
+        return None
+    counter = columns // 64 * 16 + columns % 16, rows, heads & _WORD, heads >> 32
+    words = philox(counter, seed)
+    number = columns // 16 % 4
+    low, high = (torch.where(number % 2 == 0, words[i], words[i + 1]) for i in (0, 2))
+    keep = (torch.where(number < 2, low, high) >= round(dropout_p * 2**32)).to(dtype)
+    return keep / (1 - dropout_p) if dropout_p < 1 else keep
 
 
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    scale: float,
-    causal: int,
-) -> Tensor:
-    """`(B, H, T, S)`, -inf where a row may not attend; q and k in the accumulator's type, k with H heads."""
-    rows, columns = q.shape[-2], k.shape[-2]
+def _widen(x: Tensor, heads: int) -> Tensor:
+    """x in the accumulator's type, its heads repeated for the query heads that share them."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor | None, scale: float) -> Tensor:
+    """`(B, H, T, S)`, -inf where a row may not attend."""
     s = (q @ k.mT) * scale
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            s = s.masked_fill(~attn_mask, -torch.inf)
-        else:
-            s = s + attn_mask.to(s.dtype)
-    if key_padding_mask is not None:
-        s = s.masked_fill(~key_padding_mask[:, None, None, :], -torch.inf)
-    if causal != NOT_CAUSAL:
-        diagonal = columns - rows if causal == CAUSAL["lower_right"] else 0
-        seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(diagonal)
-        s = s.masked_fill(~seen, -torch.inf)
-    return s
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    return s if allowed is None else s.masked_fill(~allowed, -torch.inf)
 
 
 def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
@@ -90,44 +80,26 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
 
 
-def _widen(x: Tensor, heads: int | None = None) -> Tensor:
-    """x in the accumulator's type, its heads repeated for the query heads that share them."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if heads is None or x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _dropout_factor(seed: Tensor | None, dropout_p: float, first_head: int, s: Tensor) -> Tensor | None:
-    """What dropout multiplies each weight by, or None where there is none."""
-    if seed is None:
-        return None
-    batch, heads, rows, columns = s.shape
-    index = torch.arange(first_head, first_head + batch * heads, device=s.device)
-    keep = dropout_keep(seed, dropout_p, index, rows, columns).view(s.shape).to(s.dtype)
-    return keep / (1 - dropout_p) if dropout_p < 1 else keep
-
-
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    factor: Tensor | None,
     scale: float,
-    causal: int,
-    first_head: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Output in v's type, and the log-sum-exp of each row's scores.
+    """The output in v's type, and the log-sum-exp of each row's scores.
 
     Args:
-        first_head: index of the first head in dropout's counter.
+        bias: added to the scores, broadcastable to them, as the next two.
+        allowed: bool, True where a row may attend.
+        factor: what dropout multiplies the weights by.
     """
     heads = q.shape[1]
-    s = _scores(_widen(q), _widen(k, heads), attn_mask, key_padding_mask, scale, causal)
+    s = _scores(_widen(q, heads), _widen(k, heads), bias, allowed, scale)
     lse = torch.logsumexp(s, dim=-1)
     p = _probabilities(s, lse)
-    factor = _dropout_factor(seed, dropout_p, first_head, s)
     weights = p if factor is None else p * factor
     return (weights @ _widen(v, heads)).to(v.dtype), lse
 
@@ -140,31 +112,24 @@ def attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    factor: Tensor | None,
     scale: float,
-    causal: int,
-    mask_gradient: bool,
-    first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of a float mask (empty when it is not wanted).
+    """dq, dk, dv, and ds, the gradient of the scores.
 
     With P the probabilities, M dropout's factor and dP = M ∘ (dout vᵀ):
-    ds = P ∘ (dP - Σ_d dout ∘ out + dlse), dq = scale · ds k, dk = scale · dsᵀ q, dv = (M ∘ P)ᵀ dout, and the
-    mask's gradient is ds summed over the dimensions along which the mask was broadcast.
+    ds = P ∘ (dP - Σ_d dout ∘ out + dlse), dq = scale · ds k, dk = scale · dsᵀ q, dv = (M ∘ P)ᵀ dout; where
+    query heads share a key head, dk and dv are summed over them.
     """
     heads, groups = q.shape[1], k.shape[1]
-    qa, ka, va, g = _widen(q), _widen(k, heads), _widen(v, heads), _widen(dout)
-    s = _scores(qa, ka, attn_mask, key_padding_mask, scale, causal)
-    p = _probabilities(s, lse)
+    qa, ka, va, g = (_widen(x, heads) for x in (q, k, v, dout))
+    p = weights = _probabilities(_scores(qa, ka, bias, allowed, scale), lse)
     dp = g @ va.mT
-    weights = p
-    factor = _dropout_factor(seed, dropout_p, first_head, s)
     if factor is not None:
         dp, weights = dp * factor, p * factor
-    offset = (g * _widen(out)).sum(-1)
+    offset = (g * _widen(out, heads)).sum(-1)
     if dlse is not None:
         offset = offset - dlse
     ds = p * (dp - offset[..., None])
@@ -175,9 +140,4 @@ def attend_backward(
     dq = (ds @ ka) * scale
     dk = shared(ds.mT @ qa) * scale
     dv = shared(weights.mT @ g)
-    if mask_gradient:
-        assert attn_mask is not None
-        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    else:
-        dmask = q.new_empty(0)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds

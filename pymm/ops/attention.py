@@ -17,7 +17,7 @@ from pymm.ops._attention_checks import (
     default_scale,
     dropout_seed,
 )
-from pymm.ops._attention_reference import attend, attend_backward
+from pymm.ops._attention_reference import CAUSAL, NOT_CAUSAL, attend, attend_backward, dropout_factor
 from pymm.ops._checks import autocast, check_same, check_shape, fail, shape
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
@@ -112,8 +112,37 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_rows_first(like: Tensor, batch: int, heads: int, rows: int, width: int) -> Tensor:
+def _empty_rows_first(like: Tensor, width: int) -> Tensor:
+    """Uninitialized, of like's shape but for the last dimension."""
+    batch, heads, rows = like.shape[:3]
     return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+def _terms(
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The bias, where a row may attend, and dropout's factor."""
+    batch, heads, rows = q.shape[:3]
+    bias, allowed = (
+        (None, attn_mask) if attn_mask is None or attn_mask.dtype == torch.bool else (attn_mask, None)
+    )
+    t = torch.arange(rows, device=q.device)[:, None]
+    s = torch.arange(k.shape[2], device=q.device)
+    if key_padding_mask is not None:
+        valid = key_padding_mask[:, None, None]
+        allowed = valid if allowed is None else allowed & valid
+    if causal != NOT_CAUSAL:
+        seen = s <= t + (k.shape[2] - rows if causal == CAUSAL["lower_right"] else 0)
+        allowed = seen if allowed is None else allowed & seen
+    head = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    return bias, allowed, dropout_factor(seed, dropout_p, head, t, s, accumulator)
 
 
 def _reference(
@@ -127,18 +156,38 @@ def _reference(
     scale: float,
     causal: int,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = attend(q, k, v, attn_mask, key_padding_mask, seed, dropout_p, scale, causal)
+    out, lse = attend(q, k, v, *_terms(q, k, attn_mask, key_padding_mask, seed, dropout_p, causal), scale)
     return _rows_first(out), lse
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     accumulator = torch.promote_types(q.dtype, torch.float32)
-    return _empty_rows_first(q, *q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator)
+    return _empty_rows_first(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator)
 
 
-def _backward_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dmask = attend_backward(*arguments)
-    return _rows_first(dq), _rows_first(dk), _rows_first(dv), dmask.contiguous()
+def _backward_reference(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    causal: int,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    terms = _terms(q, k, attn_mask, key_padding_mask, seed, dropout_p, causal)
+    dq, dk, dv, ds = attend_backward(dout, dlse, q, k, v, out, lse, *terms, scale)
+    dmask = q.new_empty(0)
+    if mask_gradient:
+        assert attn_mask is not None
+        dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype).contiguous()
+    return _rows_first(dq), _rows_first(dk), _rows_first(dv), dmask
 
 
 def _backward_fake(
@@ -161,7 +210,7 @@ def _backward_fake(
     if mask_gradient:
         assert attn_mask is not None
         dmask = attn_mask.new_empty(attn_mask.shape)
-    dq, dk, dv = (_empty_rows_first(x, *x.shape[:3], x.shape[3]) for x in (q, k, v))
+    dq, dk, dv = (_empty_rows_first(x, x.shape[3]) for x in (q, k, v))
     return dq, dk, dv, dmask
 
 
@@ -216,12 +265,13 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("key padding", qkv(3, 2, 26, 50, 16), {"key_padding_mask": padding})
     yield Sample("bias over the batch", (*qkv(3, 4, 39, 39, 16), rand(1, 4, 39, 39)))
     yield Sample("bias over heads and rows", (*qkv(2, 3, 21, 35, 16), rand(2, 1, 1, 35)), {"is_causal": True})
-    yield Sample("bias over columns", (*qkv(2, 3, 21, 35, 16), rand(3, 21, 1)))
+    # Softmax does not see what a whole row is shifted by; the log-sum-exp does.
+    yield Sample("bias over columns", (*qkv(2, 3, 21, 35, 16), rand(3, 21, 1)), {"return_lse": True})
     hidden = rand(40, 40).masked_fill(torch.rand(40, 40) < 0.3, -torch.inf)
     hidden[5] = -torch.inf
     yield Sample("bias with -inf", (*qkv(2, 2, 40, 40, 16), hidden[None, None]))
-    huge = 10 * rand(1, 2, 33, 64)
-    yield Sample("extreme logits", (huge, 10 * rand(1, 2, 47, 64), rand(1, 2, 47, 64)), {"scale": 1.0})
+    q, k, v = qkv(1, 2, 33, 47, 64)
+    yield Sample("large logits", (1.5 * q, 1.5 * k, v), {"scale": 1.0})
     yield Sample("dropout", qkv(2, 2, 33, 90, 16), {"dropout_p": 0.3})
     yield Sample("several tiles", qkv(1, 2, 300, 1100, 64), {"return_lse": True})
     yield Sample(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.ops._attention_checks import causal_mode, check_heads, default_scale, dropout_seed
-from pymm.ops._attention_reference import attend, attend_backward
+from pymm.ops._attention_reference import CAUSAL, NOT_CAUSAL, attend, attend_backward, dropout_factor
 from pymm.ops._checks import autocast, check_device, check_same, check_shape, fail, shape
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
@@ -100,9 +100,10 @@ def _offsets(argument: str, offsets: Tensor, rows: Tensor, total: str, longest: 
     check_device(NAME, "q", rows, argument, offsets)
     if not torch.compiler.is_compiling() and offsets.device.type == "cpu" and type(offsets) is Tensor:
         values = offsets.tolist()
-        _check_values(argument, values, rows.shape[0], total)
-        if longest is not None and any(b - a > longest for a, b in pairwise(values)):
-            most = max(b - a for a, b in pairwise(values))
+        if values[0] != 0 or values[-1] != rows.shape[0] or any(b < a for a, b in pairwise(values)):
+            fail(NAME, argument, f"0 first, {total} = {rows.shape[0]} last and never falling", values)
+        most = max((b - a for a, b in pairwise(values)), default=0)
+        if longest is not None and longest < most:
             fail(
                 NAME,
                 argument.replace("cu_seqlens", "max_seqlen"),
@@ -112,31 +113,33 @@ def _offsets(argument: str, offsets: Tensor, rows: Tensor, total: str, longest: 
     return offsets.to(torch.int64)
 
 
-def _check_values(argument: str, values: list[int], rows: int, total: str) -> None:
-    if values[0] != 0 or values[-1] != rows or any(b < a for a, b in pairwise(values)):
-        fail(NAME, argument, f"0 first, {total} = {rows} last and never falling", values)
-
-
-def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The rows of q and of k that belong to each sequence."""
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    _check_values("cu_seqlens_q", starts_q, q.shape[0], "total_q")
-    _check_values("cu_seqlens_k", starts_k, k.shape[0], "total_k")
-    for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
-        yield slice(a, b), slice(c, d)
-
-
 def _heads_first(x: Tensor) -> Tensor:
     """`(rows, H, D)` -> `(1, H, rows, D)`."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    return x.squeeze(0).transpose(0, 1)
+    return x.squeeze(0).transpose(0, 1).contiguous()
 
 
-def _cat(parts: list[Tensor], like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.cat(parts, dim).contiguous() if parts else like.new_empty(like.shape, dtype=dtype)
+def _terms(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, seed: Tensor | None, dropout_p: float, causal: int
+) -> tuple[None, Tensor, Tensor | None]:
+    """No bias, where a row may attend, and dropout's factor, every row of q against every row of k."""
+    total_q, heads = q.shape[:2]
+    at_q, at_k = torch.arange(total_q, device=q.device), torch.arange(k.shape[0], device=q.device)
+    # The sequence of each row, and the row's place in it.
+    of_q, of_k = (
+        torch.searchsorted(cu[1:].contiguous(), at, right=True) for cu, at in ((cu_q, at_q), (cu_k, at_k))
+    )
+    t, s = (at_q - cu_q[of_q])[:, None], at_k - cu_k[of_k]
+    allowed = of_q[:, None] == of_k
+    if causal != NOT_CAUSAL:
+        surplus = (cu_k.diff() - cu_q.diff())[of_q][:, None] if causal == CAUSAL["lower_right"] else 0
+        allowed = allowed & (s <= t + surplus)
+    head = of_q[:, None] * heads + torch.arange(heads, device=q.device)[:, None, None]
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    return None, allowed, dropout_factor(seed, dropout_p, head, t, s, accumulator)
 
 
 def _reference(
@@ -150,16 +153,9 @@ def _reference(
     scale: float,
     causal: int,
 ) -> tuple[Tensor, Tensor]:
-    heads = q.shape[1]
-    outs, lses = [], []
-    for n, (rows, columns) in enumerate(_sequences(q, k, cu_q, cu_k)):
-        arguments = _heads_first(q[rows]), _heads_first(k[columns]), _heads_first(v[columns])
-        out, lse = attend(*arguments, None, None, seed, dropout_p, scale, causal, first_head=n * heads)
-        outs.append(_rows_first(out))
-        lses.append(lse.squeeze(0))
-    if not outs:
-        return _fake(q, k, v)
-    return _cat(outs, v, 0), _cat(lses, q, 1)
+    terms = _terms(q, k, cu_q, cu_k, seed, dropout_p, causal)
+    out, lse = attend(_heads_first(q), _heads_first(k), _heads_first(v), *terms, scale)
+    return _rows_first(out), lse.squeeze(0)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -183,29 +179,18 @@ def _backward_reference(
     scale: float,
     causal: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = q.shape[1]
-    found: list[list[Tensor]] = [[], [], []]
-    for n, (rows, columns) in enumerate(_sequences(q, k, cu_q, cu_k)):
-        gradients = attend_backward(
-            _heads_first(dout[rows]),
-            None if dlse is None else dlse[None, :, rows],
-            _heads_first(q[rows]),
-            _heads_first(k[columns]),
-            _heads_first(v[columns]),
-            _heads_first(out[rows]),
-            lse[None, :, rows],
-            None,
-            None,
-            seed,
-            dropout_p,
-            scale,
-            causal,
-            False,
-            first_head=n * heads,
-        )
-        for parts, gradient in zip(found, gradients[:3], strict=True):
-            parts.append(_rows_first(gradient))
-    dq, dk, dv = (_cat(parts, like, 0) for parts, like in zip(found, (q, k, v), strict=True))
+    gradients = attend_backward(
+        _heads_first(dout),
+        None if dlse is None else dlse.unsqueeze(0),
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        _heads_first(out),
+        lse.unsqueeze(0),
+        *_terms(q, k, cu_q, cu_k, seed, dropout_p, causal),
+        scale,
+    )
+    dq, dk, dv = (_rows_first(g) for g in gradients[:3])
     return dq, dk, dv
 
 
@@ -281,14 +266,16 @@ def _eager(
         raise NotImplementedError("SDPA has no such argument")
     outs = [
         F.scaled_dot_product_attention(
-            _heads_first(q[rows]),
-            _heads_first(k[columns]),
-            _heads_first(v[columns]),
+            _heads_first(q[a:b]),
+            _heads_first(k[c:d]),
+            _heads_first(v[c:d]),
             is_causal=is_causal,
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        for rows, columns in _sequences(q, k, cu_seqlens_q, cu_seqlens_k)
+        for (a, b), (c, d) in zip(
+            pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+        )
     ]
     return torch.cat([_rows_first(out) for out in outs])
 

@@ -148,5 +148,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name().split(".")[0] in self.names:
-            self.calls.append((func, tuple(args)))
+            # A saved output carries the graph of this run, which is gone when the call is made again.
+            leaves = (
+                a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
+            )
+            self.calls.append((func, tuple(leaves)))
         return func(*args, **(kwargs or {}))
