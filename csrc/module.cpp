@@ -26,6 +26,11 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = PYMM_VERSION;
         info["torch"] = PYMM_BUILT_WITH_TORCH;
         info["stable_abi"] = "2.10";
+#if defined(PYMM_EMULATE_AMX)
+        info["amx"] = "emulated";
+#else
+        info["amx"] = "native";
+#endif
         info["compiler"] = __VERSION__;
         return info;
       },

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
 
 THREADS = 2
 M_PERTURB = -6  # mallopt: fill what malloc hands out and what is freed
+
+# Another build of the C++ extension to test instead of the installed one, for example with AMX emulated.
+if os.environ.get("PYMM_TEST_EXTENSION"):
+    _spec = importlib.util.spec_from_file_location("pymm._C", os.environ["PYMM_TEST_EXTENSION"])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["pymm._C"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["pymm._C"])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,6 +24,12 @@ constexpr const char* kNames[] = {
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 static_assert(kCount == PYMM_ISA_COUNT, "cmake/isa.cmake and PYMM_FOR_EACH_ISA list the same sets");
 
+#if defined(PYMM_EMULATE_AMX)
+[[maybe_unused]] constexpr bool kEmulatedTiles = true;
+#else
+[[maybe_unused]] constexpr bool kEmulatedTiles = false;
+#endif
+
 #if defined(__x86_64__)
 bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
 
@@ -57,6 +63,7 @@ Isa detect() {
   if (!avx512) return Isa::avx2;
   const bool amx = bit(d, 24) && bit(d, 22) && (state & kTiles) == kTiles;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return Isa::avx512;
+  if (kEmulatedTiles) return Isa::amx;
   return amx && tile_permission() ? Isa::amx : Isa::avx512_bf16;
 }
 #else

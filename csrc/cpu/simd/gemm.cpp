@@ -3,6 +3,7 @@
 // panels are zero-padded, so a full register tile is always computed; only its valid part is copied out.
 #include "cpu/simd/gemm.h"
 
+#include "cpu/simd/amx.h"
 #include "cpu/simd/pack.h"
 #include "cpu/simd/vec.h"
 
@@ -95,47 +96,41 @@ struct Bf16Tile {
   using Element = bf16;
   static constexpr int mr = 32, nr = 32, ka = 32, kb = 2, k_unit = 32;
 
-  struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-
   static void run(int64_t k, const bf16* a, const bf16* b, float* c, int64_t ldc, bool accumulate) {
     const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
     if (accumulate) {
-      _tile_loadd(0, c, stride);
-      _tile_loadd(1, c + 16, stride);
-      _tile_loadd(2, c + 16 * ldc, stride);
-      _tile_loadd(3, c + 16 * ldc + 16, stride);
+      PYMM_TILE_LOAD(0, c, stride);
+      PYMM_TILE_LOAD(1, c + 16, stride);
+      PYMM_TILE_LOAD(2, c + 16 * ldc, stride);
+      PYMM_TILE_LOAD(3, c + 16 * ldc + 16, stride);
     } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      PYMM_TILE_ZERO(0);
+      PYMM_TILE_ZERO(1);
+      PYMM_TILE_ZERO(2);
+      PYMM_TILE_ZERO(3);
     }
     for (int64_t p = 0; p < k; p += k_unit, a += mr * ka, b += nr * k_unit) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(5, a + 16 * ka, 64);
-      _tile_loadd(6, b, 128);
-      _tile_loadd(7, b + 32, 128);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      PYMM_TILE_LOAD(4, a, 64);
+      PYMM_TILE_LOAD(5, a + 16 * ka, 64);
+      PYMM_TILE_LOAD(6, b, 128);
+      PYMM_TILE_LOAD(7, b + 32, 128);
+      PYMM_TILE_DOT_BF16(0, 4, 6);
+      PYMM_TILE_DOT_BF16(1, 4, 7);
+      PYMM_TILE_DOT_BF16(2, 5, 6);
+      PYMM_TILE_DOT_BF16(3, 5, 7);
     }
-    _tile_stored(0, c, stride);
-    _tile_stored(1, c + 16, stride);
-    _tile_stored(2, c + 16 * ldc, stride);
-    _tile_stored(3, c + 16 * ldc + 16, stride);
+    PYMM_TILE_STORE(0, c, stride);
+    PYMM_TILE_STORE(1, c + 16, stride);
+    PYMM_TILE_STORE(2, c + 16 * ldc, stride);
+    PYMM_TILE_STORE(3, c + 16 * ldc + 16, stride);
   }
   // A thread's tile configuration is its own: it is set for each block and released, so that no other library
   // finds ours and the kernel saves no tile data on a context switch outside.
   static void begin() {
-    const Config config;
-    _tile_loadconfig(&config);
+    const TileConfig config;
+    PYMM_TILE_LOAD_CONFIG(&config);
   }
-  static void end() { _tile_release(); }
+  static void end() { PYMM_TILE_RELEASE(); }
 };
 #endif
 
