@@ -1,0 +1,155 @@
+"""Put another library's weights into a model of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymm.interop.key_maps import KEY_MAPS, KeyMap, own
+from pymm.layers import AttentionPool2d, Linear, PatchEmbed, resample_position
+from pymm.models.clip import CLIP
+from pymm.ops._checks import fail, shape
+
+# What OpenAI's TorchScript archives say about themselves among their weights.
+_OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_state` did.
+
+    Args:
+        donor: whose names the state dict has.
+        placed: names of ours that were set.
+        missing: names of ours that the state dict says nothing about; they keep their values.
+        unused: names of the state dict that have no place in the model.
+        mismatched: our names whose tensors have another shape, as `"name: expected ..., got ..."`.
+        resampled: our names of positions that were interpolated to the model's grid.
+    """
+
+    donor: str
+    placed: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    resampled: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything in the state dict found its place and nothing of the model was left out."""
+        return not (self.missing or self.unused or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.placed)} tensors placed from {self.donor}"]
+        for name in ("missing", "unused", "mismatched", "resampled"):
+            lines += [f"{name}: {value}" for value in getattr(self, name)]
+        return "\n".join(lines)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
+    """Load a state dict of pymm, open_clip, OpenAI's CLIP, timm or torchvision into a model of ours.
+
+    The donor is known by its names. Position embeddings of another grid are interpolated, as the donors do
+    it. What could not be placed stands in the report, so look at its `complete`.
+
+    Args:
+        model: CLIP, `VisionTransformer` or `ResNet` of `pymm.models`.
+        state: names to tensors; also a checkpoint that holds them under `"state_dict"`, and names behind
+            `"module."`, as `DistributedDataParallel` saves them.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: when no donor's names fit the model, or weights that OpenAI published meet a model whose
+            activation is not quick GELU.
+    """
+    tensors = _unwrapped(state)
+    if tensors.keys() >= _OPENAI_FACTS:
+        _check_openai(model)
+        tensors = {name: value for name, value in tensors.items() if name not in _OPENAI_FACTS}
+    targets = model.state_dict(keep_vars=True)
+    maps = [own(type(model)), *(m for m in KEY_MAPS if isinstance(model, m.model))]
+    found, donor = max(((_sources(m, targets, tensors), m) for m in maps), key=lambda pair: len(pair[0]))
+    if not found:
+        fail("load_state", "state", f"a state dict for {type(model).__name__}", f"the names {_some(tensors)}")
+
+    placed: dict[str, Tensor] = {}
+    mismatched, resampled, used = [], [], set[str]()
+    for name, (theirs, value) in found.items():
+        used.update(theirs)
+        wanted = targets[name].shape
+        if value.shape != wanted:
+            fitted = _resampled(model, name, value)
+            if fitted is None:
+                mismatched.append(f"{name}: expected {shape(targets[name])}, got {shape(value)}")
+                continue
+            value = fitted
+            resampled.append(name)
+        placed[name] = value
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(placed, strict=False, assign=meta)
+    return LoadReport(
+        donor.donor,
+        tuple(placed),
+        tuple(name for name in targets if name not in found),
+        tuple(name for name in tensors if name not in used),
+        tuple(mismatched),
+        tuple(resampled),
+    )
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = state.get("state_dict")
+    tensors = dict(inner if isinstance(inner, Mapping) else state)
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    return tensors
+
+
+def _check_openai(model: nn.Module) -> None:
+    activations = {m.activation for m in model.modules() if isinstance(m, Linear)} - {None}
+    if isinstance(model, CLIP) and activations != {"quick_gelu"}:
+        got = ", ".join(sorted(str(a) for a in activations))
+        fail("load_state", "model", "a _quickgelu row for OpenAI's weights", f"the activation {got}")
+
+
+def _sources(
+    key_map: KeyMap, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """Our names that the map finds, each with the donor's names and the tensor made of them."""
+    found: dict[str, tuple[tuple[str, ...], Tensor]] = {}
+    for name in targets:
+        for rule in key_map.rules:
+            theirs = rule.names(name)
+            if theirs is not None and all(key in tensors for key in theirs):
+                found[name] = (theirs, rule.join([tensors[key] for key in theirs]))
+                break
+    return found
+
+
+def _resampled(model: nn.Module, name: str, value: Tensor) -> Tensor | None:
+    """Positions on the model's grid, or None where they are no positions of a square grid."""
+    path, _, parameter = name.rpartition(".")
+    module = model.get_submodule(path)
+    if parameter != "position" or not isinstance(module, (PatchEmbed, AttentionPool2d)):
+        return None
+    prefix = module.position_prefix if isinstance(module, PatchEmbed) else 1
+    position = module.position
+    assert position is not None
+    side, old = round((position.shape[0] - prefix) ** 0.5), value.shape[0] - prefix
+    if value.shape[1] != position.shape[1] or old < 1 or round(old**0.5) ** 2 != old:
+        return None
+    with torch.no_grad():
+        return resample_position(value, (side, side), prefix=prefix)
+
+
+def _some(tensors: Mapping[str, Tensor]) -> str:
+    names = list(tensors)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

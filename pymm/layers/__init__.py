@@ -1,0 +1,42 @@
+"""Modules made of pymm's ops."""
+
+from pymm.layers.attention import Attention
+from pymm.layers.block import Block, Blocks, transformer_blocks
+from pymm.layers.linear import Linear
+from pymm.layers.mlp import MLP
+from pymm.layers.patch_embed import PatchEmbed
+from pymm.layers.pixels import Normalize
+from pymm.layers.pool import AttentionPool2d, ClassToken, MeanMap, MeanToken
+from pymm.layers.position import resample_position
+from pymm.layers.residual import (
+    BasicBlock,
+    Bottleneck,
+    antialiased_bottleneck,
+    basic_block,
+    bottleneck,
+    checkpointed,
+)
+from pymm.layers.token_embed import TokenEmbed
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "AttentionPool2d",
+    "BasicBlock",
+    "Block",
+    "Blocks",
+    "Bottleneck",
+    "ClassToken",
+    "Linear",
+    "MeanMap",
+    "MeanToken",
+    "Normalize",
+    "PatchEmbed",
+    "TokenEmbed",
+    "antialiased_bottleneck",
+    "basic_block",
+    "bottleneck",
+    "checkpointed",
+    "resample_position",
+    "transformer_blocks",
+]

@@ -1,0 +1,98 @@
+"""Models by name: `create_model`, `list_models`, `describe`.
+
+An architecture is a file with a `build(spec)`; a model is a row of that file's table. The names of
+open_clip ("ViT-B-32", "ViT-B-32-quickgelu", "RN50") are aliases of the rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from pymm.models import clip, clip_rows, resnet, vit
+from pymm.models.clip import CLIP, CLIPSpec
+from pymm.models.resnet import ResNet, ResNetSpec
+from pymm.models.text import TextTransformer
+from pymm.models.vit import VisionTransformer, ViTSpec
+from pymm.ops._checks import fail
+
+Spec = CLIPSpec | ResNetSpec | ViTSpec
+
+_TABLES: tuple[tuple[Spec, ...], ...] = (vit.ROWS, resnet.ROWS, clip_rows.ROWS)
+_ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
+_ALIASES: dict[str, str] = {alias: row.name for row in _ROWS.values() for alias in row.aliases}
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names of the models, in order; only those that a shell pattern such as `"clip_*"` fits, if given."""
+    return sorted(name for name in _ROWS if pattern is None or fnmatchcase(name, pattern))
+
+
+def describe(name: str) -> Spec:
+    """The row of a model: `name`, `aliases`, `parameters`, `image_size`, `source` and its sizes.
+
+    Args:
+        name: of `list_models()`, or open_clip's name for it.
+
+    Raises:
+        ValueError: when there is no such model.
+    """
+    row = _ROWS.get(_ALIASES.get(name, name))
+    if row is None:
+        near = difflib.get_close_matches(name, [*_ROWS, *_ALIASES], n=3)
+        expected = f"one of list_models(), such as {', '.join(near)}" if near else "one of list_models()"
+        fail("create_model", "name", expected, repr(name))
+    return row
+
+
+def create_model(name: str, *, num_classes: int | None = None, image_size: int | None = None) -> nn.Module:
+    """Build a model with random weights, drawn from torch's global generator.
+
+    Args:
+        name: of `list_models()`, or open_clip's name for it.
+        num_classes: size of the classifier instead of the row's; 0 means no classifier. Not for CLIP.
+        image_size: side of the images instead of the row's.
+
+    Returns:
+        The model, in training mode; on the device and in the type that `torch.device` and
+        `torch.set_default_dtype` say.
+
+    Raises:
+        ValueError: when there is no such model, or a size does not fit it.
+    """
+    row = describe(name)
+    if image_size is not None and image_size < 1:
+        fail("create_model", "image_size", "positive", image_size)
+    if num_classes is not None and num_classes < 0:
+        fail("create_model", "num_classes", "at least 0", num_classes)
+    if isinstance(row, CLIPSpec):
+        if num_classes is not None:
+            fail("create_model", "num_classes", f"None for {row.name}, which has no classifier", num_classes)
+        return clip.build(row if image_size is None else _resized(row, image_size))
+    classes = row.num_classes if num_classes is None else num_classes
+    side = row.image_size if image_size is None else image_size
+    if isinstance(row, ViTSpec):
+        return vit.build(replace(row, num_classes=classes, image_size=side))
+    return resnet.build(replace(row, num_classes=classes, image_size=side))
+
+
+def _resized(row: CLIPSpec, image_size: int) -> CLIPSpec:
+    return replace(row, image=replace(row.image, image_size=image_size))
+
+
+__all__ = [
+    "CLIP",
+    "CLIPSpec",
+    "ResNet",
+    "ResNetSpec",
+    "Spec",
+    "TextTransformer",
+    "ViTSpec",
+    "VisionTransformer",
+    "create_model",
+    "describe",
+    "list_models",
+]

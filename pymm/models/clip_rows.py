@@ -1,0 +1,187 @@
+"""The sizes of CLIP.
+
+Names follow open_clip: without a suffix the activation is GELU, with `_quickgelu` it is `x·sigmoid(1.702 x)`.
+The weights that OpenAI published need `_quickgelu`; the other activation gives wrong features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from pymm.models.clip import CLIPSpec
+from pymm.models.resnet import ResNetTower
+from pymm.models.text import TextTower
+from pymm.models.vit import ViTTower
+
+_RADFORD_VIT = "Radford et al. 2021, arXiv:2103.00020, table 20"
+_RADFORD_RN = "Radford et al. 2021, arXiv:2103.00020, table 19"
+_CHERTI = "Cherti et al. 2023, arXiv:2212.07143; open_clip"
+_SIGLIP = "Zhai et al. 2023, arXiv:2303.15343, sec. 3.2, with CLIP's towers"
+
+_BASE_32 = ViTTower(224, 32, 768, 12, 12, 3072)
+_BASE_16 = ViTTower(224, 16, 768, 12, 12, 3072)
+_LARGE_14 = ViTTower(224, 14, 1024, 24, 16, 4096)
+_HUGE_14 = ViTTower(224, 14, 1280, 32, 16, 5120)
+_TEXT_512 = TextTower(512, 12, 8)
+_TEXT_640 = TextTower(640, 12, 10)
+_TEXT_768 = TextTower(768, 12, 12)
+_TEXT_1024 = TextTower(1024, 12, 16)
+_TEXT_1024_24 = TextTower(1024, 24, 16)
+
+# Rows that exist with both activations.
+_BOTH = (
+    CLIPSpec(
+        "clip_vit_base_patch32", _BASE_32, _TEXT_512, 512, "gelu", 151_277_313, _RADFORD_VIT, ("ViT-B-32",)
+    ),
+    CLIPSpec(
+        "clip_vit_base_patch16", _BASE_16, _TEXT_512, 512, "gelu", 149_620_737, _RADFORD_VIT, ("ViT-B-16",)
+    ),
+    CLIPSpec(
+        "clip_vit_large_patch14", _LARGE_14, _TEXT_768, 768, "gelu", 427_616_513, _RADFORD_VIT, ("ViT-L-14",)
+    ),
+    CLIPSpec(
+        "clip_vit_large_patch14_336",
+        replace(_LARGE_14, image_size=336),
+        _TEXT_768,
+        768,
+        "gelu",
+        427_944_193,
+        _RADFORD_VIT,
+        ("ViT-L-14-336",),
+    ),
+    CLIPSpec(
+        "clip_vit_huge_patch14", _HUGE_14, _TEXT_1024_24, 1024, "gelu", 986_109_441, _CHERTI, ("ViT-H-14",)
+    ),
+    CLIPSpec(
+        "clip_vit_huge_patch14_378",
+        replace(_HUGE_14, image_size=378),
+        _TEXT_1024_24,
+        1024,
+        "gelu",
+        986_714_881,
+        "Fang et al. 2023, arXiv:2309.17425; open_clip",
+        ("ViT-H-14-378",),
+    ),
+    CLIPSpec(
+        "clip_vit_bigg_patch14",
+        ViTTower(224, 14, 1664, 48, 16, 8192),
+        TextTower(1280, 32, 20),
+        1280,
+        "gelu",
+        2_539_567_105,
+        _CHERTI,
+        ("ViT-bigG-14",),
+    ),
+    CLIPSpec(
+        "clip_rn50",
+        ResNetTower(224, (3, 4, 6, 3), 64),
+        _TEXT_512,
+        1024,
+        "gelu",
+        102_007_137,
+        _RADFORD_RN,
+        ("RN50",),
+    ),
+    CLIPSpec(
+        "clip_rn101",
+        ResNetTower(224, (3, 4, 23, 3), 64),
+        _TEXT_512,
+        512,
+        "gelu",
+        119_688_033,
+        _RADFORD_RN,
+        ("RN101",),
+    ),
+    CLIPSpec(
+        "clip_rn50x4",
+        ResNetTower(288, (4, 6, 10, 6), 80),
+        _TEXT_640,
+        640,
+        "gelu",
+        178_300_601,
+        _RADFORD_RN,
+        ("RN50x4",),
+    ),
+    CLIPSpec(
+        "clip_rn50x16",
+        ResNetTower(384, (6, 8, 18, 8), 96),
+        _TEXT_768,
+        768,
+        "gelu",
+        290_979_217,
+        _RADFORD_RN,
+        ("RN50x16",),
+    ),
+    CLIPSpec(
+        "clip_rn50x64",
+        ResNetTower(448, (3, 15, 36, 10), 128),
+        _TEXT_1024,
+        1024,
+        "gelu",
+        623_258_305,
+        _RADFORD_RN,
+        ("RN50x64",),
+    ),
+)
+
+_TINY = CLIPSpec(
+    "clip_tiny",
+    ViTTower(48, 8, 128, 4, 4, 512),
+    TextTower(128, 3, 4, context_length=24, vocab_size=2048),
+    128,
+    "gelu",
+    1_716_097,
+    "pymm: for tests and the demo",
+)
+
+
+def _quick(row: CLIPSpec) -> CLIPSpec:
+    return replace(
+        row,
+        name=f"{row.name}_quickgelu",
+        activation="quick_gelu",
+        aliases=tuple(f"{alias}-quickgelu" for alias in row.aliases),
+    )
+
+
+def _sigmoid(row: CLIPSpec) -> CLIPSpec:
+    """A row for the sigmoid loss: SigLIP's initial temperature and bias, and one parameter more."""
+    return replace(
+        row,
+        name=f"{row.name}_sigmoid",
+        source=_SIGLIP,
+        aliases=(),
+        parameters=row.parameters + 1,
+        logit_scale=math.log(10),
+        logit_bias=-10.0,
+    )
+
+
+ROWS = (
+    *_BOTH,
+    *(_quick(row) for row in _BOTH),
+    CLIPSpec(
+        "clip_vit_base_patch32_256",
+        replace(_BASE_32, image_size=256),
+        _TEXT_512,
+        512,
+        "gelu",
+        151_288_833,
+        "Gadre et al. 2023, arXiv:2304.14108; open_clip",
+        ("ViT-B-32-256",),
+    ),
+    CLIPSpec(
+        "clip_vit_giant_patch14",
+        ViTTower(224, 14, 1408, 40, 16, 6144),
+        _TEXT_1024_24,
+        1024,
+        "gelu",
+        1_366_678_273,
+        _CHERTI,
+        ("ViT-g-14",),
+    ),
+    _sigmoid(_BOTH[1]),
+    _TINY,
+    _sigmoid(_TINY),
+)

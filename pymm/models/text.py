@@ -1,0 +1,120 @@
+"""CLIP's causal text transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pymm.layers import Blocks, Linear, TokenEmbed, transformer_blocks
+from pymm.ops.linear import Activation
+
+
+class TextTransformer(nn.Module):
+    """A causal transformer read at its end token (Radford et al. 2021, arXiv:2103.00020, sec. 2.4).
+
+    The end token has the highest id of the vocabulary, so it stands where the ids are largest; what follows
+    it is padding, which a causal transformer cannot see from there.
+
+    Args:
+        embed: tokens to `(B, L, C)`.
+        blocks: the transformer, run with a causal mask.
+        norm: after the blocks.
+        head: the projection.
+    """
+
+    def __init__(self, embed: TokenEmbed, blocks: Blocks, norm: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.norm, self.head = embed, blocks, norm, head
+
+    @property
+    def context_length(self) -> int:
+        return self.embed.position.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.embed.weight.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """C, the width of a token."""
+        return self.embed.weight.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """E, the size of the head's result; 0 without a head."""
+        return self.head.out_features if isinstance(self.head, Linear) else 0
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether a block's activations are computed again in the backward pass instead of kept."""
+        self.blocks.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two dimensions that an optimizer should not decay."""
+        return {"embed.position"}
+
+    def forward_features(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
+        """Token ids to normalized vectors.
+
+        Args:
+            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size).
+            intermediates: receives `"embed"`, `"blocks.0"`, ..., `"norm"`.
+
+        Returns:
+            `(B, L, C)`.
+        """
+        x = self.embed(tokens)
+        if intermediates is not None:
+            intermediates["embed"] = x
+        x = self.norm(self.blocks(x, is_causal=True, intermediates=intermediates))
+        if intermediates is not None:
+            intermediates["norm"] = x
+        return x
+
+    def forward_head(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Vectors `(B, L, C)` of `tokens (B, L)` to the projected end token, `(B, E)`."""
+        rows = torch.arange(x.shape[0], device=x.device)
+        return self.head(x[rows, tokens.argmax(1)])
+
+    def forward(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
+        """`tokens (B, L)` -> `(B, E)`; `intermediates` as in `forward_features`."""
+        return self.forward_head(self.forward_features(tokens, intermediates=intermediates), tokens)
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """Sizes of the text transformer inside a CLIP row."""
+
+    width: int
+    depth: int
+    heads: int
+    context_length: int = 77
+    vocab_size: int = 49408
+
+
+def build_tower(tower: TextTower, embed: int, activation: Activation) -> TextTransformer:
+    """CLIP's text tower, with its own initialisation (arXiv:2103.00020, sec. 2.4; as open_clip does it)."""
+    width = tower.width
+    head = Linear(width, embed, bias=False)
+    nn.init.normal_(head.weight, std=width**-0.5)
+    model = TextTransformer(
+        TokenEmbed(tower.vocab_size, tower.context_length, width),
+        transformer_blocks(tower.depth, width, tower.heads, 4 * width, activation=activation, eps=1e-5),
+        nn.LayerNorm(width),
+        head,
+    )
+    after_sum = width**-0.5 * (2 * tower.depth) ** -0.5  # keeps the residual stream's size whatever the depth
+    stds = {
+        "attn.qkv.weight": width**-0.5,
+        "attn.proj.weight": after_sum,
+        "mlp.fc1.weight": (2 * width) ** -0.5,
+        "mlp.fc2.weight": after_sum,
+        "attn.qkv.bias": 0.0,
+        "attn.proj.bias": 0.0,
+    }
+    for name, parameter in model.blocks.named_parameters():
+        part = name.partition(".")[2]
+        if part in stds:
+            nn.init.normal_(parameter, std=stds[part])
+    return model

@@ -1,0 +1,64 @@
+"""The donor's weights in our model, then outputs and gradients side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pymm.interop import load_state
+from pymm.interop.key_maps import KEY_MAPS
+
+OUTPUT, GRADIENT = 1e-5, 1e-4
+
+
+def randomize(model: nn.Module) -> None:
+    """Small random values everywhere, so that no zero scale and no unit norm hides a mistake."""
+    generator = torch.Generator().manual_seed(7)
+
+    def noise(t: Tensor, std: float) -> Tensor:
+        return torch.randn(t.shape, generator=generator) * std
+
+    with torch.no_grad():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                norm = isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)) and name == "weight"
+                fan_in = p[0].numel() if p.ndim > 1 else 100
+                p.copy_(noise(p, 0.1) + 1 if norm else noise(p, fan_in**-0.5))
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.copy_(noise(module.running_mean, 0.1))
+                module.running_var.copy_(noise(module.running_var, 0.1).abs() + 0.5)
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest element."""
+    assert got.shape == truth.shape
+    return ((got - truth).abs().max() / truth.abs().max().clamp_min(1e-12)).item()
+
+
+def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[Tensor, ...]]) -> None:
+    """Load, run and differentiate both; every output and the gradient of every parameter must agree."""
+    randomize(donor)
+    report = load_state(ours, donor.state_dict())
+    assert report.complete, report
+    outputs, truths = run(ours), run(donor)
+    for i, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
+        assert error(output, truth) < OUTPUT, f"output {i}"
+    for values in (outputs, truths):
+        generator = torch.Generator().manual_seed(1)
+        torch.stack([(v * torch.randn(v.shape, generator=generator)).sum() for v in values]).sum().backward()
+
+    gradients = {name: p.grad for name, p in donor.named_parameters()}
+    assert all(g is not None for g in gradients.values())
+    rules = next(m for m in KEY_MAPS if m.donor == report.donor).rules
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        placed = (
+            (r, names) for r in rules if (names := r.names(name)) and all(n in gradients for n in names)
+        )
+        rule, names = next(placed)
+        truth = rule.join([gradients[n] for n in names])
+        assert error(parameter.grad, truth) < GRADIENT, name
