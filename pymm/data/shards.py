@@ -120,14 +120,21 @@ def read_samples(shards: Iterable[str], report: Report, max_member_bytes: int) -
         ValueError: a shard is no tar archive at all.
     """
 
+    shard = ""
+
+    def files() -> Iterator[dict[str, Any]]:
+        nonlocal shard
+        for shard in shards:
+            yield from _files(shard, report, max_member_bytes)
+
     def duplicate(error: Exception) -> bool:
         if not isinstance(error, ValueError):
             raise error
-        report.skip("duplicate member", str(error.args[0]).split(" duplicate file name")[0])
+        name = str(error.args[0]).split(":")[0]
+        report.skip("duplicate member", f"{shard}: {name}")
         return True
 
-    files = (file for shard in shards for file in _files(shard, report, max_member_bytes))
-    yield from group_by_keys(files, handler=duplicate)
+    yield from group_by_keys(files(), handler=duplicate)
 
 
 def _files(shard: str, report: Report, max_member_bytes: int) -> Iterator[dict[str, Any]]:

@@ -50,8 +50,8 @@ class EvalTransform:
 
     Attributes:
         size: height and width of the result, > 0.
-        crop: `"center"`: the short side becomes `size`, the middle is kept. `"squash"`: both sides become
-            `size`.
+        crop: `"center"`: the short side becomes `size` and the middle is kept, with torchvision's rounding.
+            `"squash"`: both sides become `size`.
         background: colour under transparent pixels, 0 to 255 each.
         mean, std: the result is `(x / 255 − mean) / std`.
         output: `"float32"`, or `"uint8"` for models that normalize in their patch embedding; then mean and
@@ -71,15 +71,12 @@ class EvalTransform:
             fail("EvalTransform", "crop", '"center" or "squash"', repr(self.crop))
 
     def reduce(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        box = (0.0, 0.0, float(width), float(height))
+        image, width, height = premultiplied(image), self.size, self.size
         if self.crop == "center":
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-        image = premultiplied(image)
-        if image.size != (self.size, self.size) or self.crop == "center":
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+            width, height = (int(self.size * n / min(image.size)) for n in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        image = image.crop((left, top, left + self.size, top + self.size))
         if image.mode == "RGB":
             return image
         colours = _over(_to_tensor([image]).float(), torch.tensor([self.background], dtype=torch.float32))
