@@ -77,7 +77,8 @@ def info_nce(
         exist as a matrix; the tiles of the gradient are rounded to the features' type where the machine
         multiplies it.
 
-    Kept for backward: the arguments and the log-sum-exp of both sides, 2N numbers; 4N with a teacher.
+    Kept for backward: the arguments and the log-sum-exp of both sides in float64, 2N numbers; 4N with a
+    teacher.
 
     ALBEF contrasts the model with the momentum features, so its image-to-text half is
     `info_nce(image, text_m, scale, symmetric=False, negatives_y=text_queue, teacher_x=image_m,
@@ -247,14 +248,20 @@ def _reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         statistics.append(lse)
         if teacher_logits is not None:
             teacher_statistics.append(teacher_logits.logsumexp(1))
-    return torch.stack(losses).mean(0), torch.stack(statistics + teacher_statistics)
+    lse = torch.stack(statistics + teacher_statistics)
+    return torch.stack(losses).mean(0), lse.to(_statistics_type(x))
+
+
+def _statistics_type(x: Tensor) -> torch.dtype:
+    """A log-sum-exp near 100 would cost a probability five digits in float32."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     teacher, symmetric = rest[5], rest[8]
     acc = torch.promote_types(x.dtype, torch.float32)
     rows = (2 if symmetric else 1) * (1 if teacher is None else 2)
-    return x.new_empty(x.shape[:1], dtype=acc), x.new_empty((rows, x.shape[0]), dtype=acc)
+    return x.new_empty(x.shape[:1], dtype=acc), x.new_empty((rows, x.shape[0]), dtype=_statistics_type(x))
 
 
 def _backward_reference(

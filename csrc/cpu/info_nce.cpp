@@ -1,0 +1,430 @@
+// The contrastive loss of pairs: row i of x among the candidates [y; negatives_y], row i of y among [x; negatives_x].
+//
+// Forward: one pass over tiles of scores (pairs.h) keeps the running maximum and the sum of exponentials of every row
+// and, per part, of every column. Backward: the tiles again; with P and Q the softmax of rows and columns and t the
+// targets, dS = g_i (P - t) + g_j (Q - t'), and each tile of dS feeds both G . Y and G^T . X while it is in cache.
+// The norms enter in the epilogue: G = dS / (||x|| ||y||) is the gradient of the plain dot product, so x and y are
+// multiplied as they are and no normalized copy exists; then dx = s (u - <u, x^> x^) with u = G . y.
+#include <cmath>
+#include <limits>
+#include <unordered_map>
+
+#include "cpu/info_nce_sides.h"
+#include "cpu/pairs.h"
+
+namespace pymm {
+namespace {
+
+constexpr const char* kOp = "info_nce";
+constexpr double kEps = 1e-12;
+
+// The arguments, as the tiles need them.
+template <class T>
+struct Problem {
+  using Acc = Accumulator<T>;
+
+  Pairs<T> pairs;
+  int64_t n = 0;
+  bool normalize = true, symmetric = true, teacher = false;
+  double scale = 0, sign = 1;                 // |logit_scale| and its sign
+  double hard = 1, soft = 0, smooth[2] = {};  // weights of the targets' parts; smooth per candidate of x, of y
+  std::vector<Acc> inverse[2][2];             // [rows, columns][set]: 1 / norm, or 1
+  std::vector<Acc> teacher_inverse[2];        // of the teacher's x, y
+  std::vector<int32_t> ids;                   // 0.. in order of appearance; empty: all differ
+  std::vector<double> share;                  // 1 / the number of pairs of equal id
+  std::vector<Tensor> alive;
+
+  // What tiles of dot products are multiplied by; the sign of the scale is in the rows' factors.
+  std::vector<Acc> factor[2][2], teacher_factor[2][2];
+
+  const Acc* factor_of(int side, int set, int64_t i) const { return factor[side][set].data() + i; }
+  const Acc* teacher_factor_of(int side, int set, int64_t i) const {
+    return set == 0 ? teacher_factor[side][0].data() + i : factor_of(side, set, i);
+  }
+  bool has_rows(const PairTile<Acc>& tile) const { return tile.row_set == 0; }
+  bool has_columns(const PairTile<Acc>& tile) const { return symmetric && tile.column_set == 0; }
+  bool of_pairs(const PairTile<Acc>& tile) const { return tile.row_set == 0 && tile.column_set == 0; }
+};
+
+template <class T>
+std::vector<Accumulator<T>> inverse_norms(const T* x, int64_t n, int64_t d, bool normalize) {
+  std::vector<Accumulator<T>> inverse(n, 1);
+  if (!normalize) return inverse;
+  const Rows& rows = rows_for(dtype_of<T>());
+  parallel_ranges(n, 64, [&](int64_t begin, int64_t end) {
+    rows.inverse_norms(x + begin * d, d, end - begin, d, kEps, inverse.data() + begin);
+  });
+  return inverse;
+}
+
+struct Arguments {
+  const Tensor &x, &y, &logit_scale;
+  const std::optional<Tensor>&negatives_x, &negatives_y, &ids, &teacher_x, &teacher_y;
+  bool normalize, symmetric;
+  double label_smoothing, alpha;
+};
+
+template <class T>
+Problem<T> problem_of(const Arguments& a) {
+  using Acc = Accumulator<T>;
+  Problem<T> p;
+  p.n = a.x.size(0);
+  const int64_t d = a.x.size(1);
+  p.normalize = a.normalize;
+  p.symmetric = a.symmetric;
+  p.teacher = a.teacher_x.has_value();
+  const auto features = [&](const Tensor& t, int64_t rows, const char* name) -> const T* {
+    PYMM_CHECK(
+        t.dim() == 2 && t.size(1) == d && (rows < 0 || t.size(0) == rows) && t.scalar_type() == a.x.scalar_type(), kOp,
+        ": ", name, " does not fit x");
+    p.alive.push_back(dense(t));
+    return data<T>(p.alive.back());
+  };
+  p.pairs.d = d;
+  p.pairs.rows[0] = {features(a.x, p.n, "x"), nullptr, p.n};
+  p.pairs.columns[0] = {features(a.y, p.n, "y"), nullptr, p.n};
+  PYMM_CHECK(!a.negatives_x || a.symmetric, kOp, ": negatives_x needs symmetric");
+  PYMM_CHECK(a.teacher_x.has_value() == a.teacher_y.has_value(), kOp, ": one teacher without the other");
+  // The negatives are their own teachers.
+  if (a.negatives_x) {
+    const T* const negatives = features(*a.negatives_x, -1, "negatives_x");
+    p.pairs.rows[1] = {negatives, p.teacher ? negatives : nullptr, a.negatives_x->size(0)};
+  }
+  if (a.negatives_y) {
+    const T* const negatives = features(*a.negatives_y, -1, "negatives_y");
+    p.pairs.columns[1] = {negatives, p.teacher ? negatives : nullptr, a.negatives_y->size(0)};
+  }
+  if (p.teacher) {
+    p.pairs.rows[0].teacher = features(*a.teacher_x, p.n, "teacher_x");
+    p.pairs.columns[0].teacher = features(*a.teacher_y, p.n, "teacher_y");
+  }
+
+  PYMM_CHECK(a.logit_scale.numel() == 1 && a.logit_scale.scalar_type() == accumulator_type(dtype_of<T>()), kOp,
+             ": logit_scale must be one accumulator");
+  const double scale = *data<Acc>(a.logit_scale);
+  p.scale = std::fabs(scale);
+  p.sign = scale < 0 ? -1 : 1;
+  const double alpha = p.teacher ? a.alpha : 0;
+  p.hard = (1 - a.label_smoothing) * (1 - alpha);
+  p.soft = (1 - a.label_smoothing) * alpha;
+  p.smooth[0] = a.label_smoothing / static_cast<double>(max_of(1, p.n + p.pairs.columns[1].n));
+  p.smooth[1] = a.label_smoothing / static_cast<double>(max_of(1, p.n + p.pairs.rows[1].n));
+
+  const auto signed_for = [&](int side, std::vector<Acc> inverse) {
+    if (side == 0 && p.sign < 0) {
+      for (Acc& value : inverse) value = -value;
+    }
+    return inverse;
+  };
+  for (int side = 0; side < 2; ++side) {
+    for (int set = 0; set < 2; ++set) {
+      const Features<T>& f = side == 0 ? p.pairs.rows[set] : p.pairs.columns[set];
+      p.inverse[side][set] = inverse_norms(f.data, f.n, d, p.normalize);
+      p.factor[side][set] = signed_for(side, p.inverse[side][set]);
+      if (set == 0 && f.teacher) {
+        p.teacher_factor[side][0] = signed_for(side, inverse_norms(f.teacher, f.n, d, p.normalize));
+      }
+    }
+  }
+
+  p.share.assign(p.n, 1.0);
+  if (a.ids) {
+    PYMM_CHECK(a.ids->dim() == 1 && a.ids->size(0) == p.n && a.ids->scalar_type() == ScalarType::Long, kOp,
+               ": ids must be (N,) int64");
+    const Tensor ids = dense(*a.ids);
+    std::unordered_map<int64_t, int32_t> seen;
+    std::vector<int64_t> count;
+    for (int64_t i = 0; i < p.n; ++i) {
+      const auto [at, added] = seen.emplace(data<int64_t>(ids)[i], static_cast<int32_t>(seen.size()));
+      if (added) count.push_back(0);
+      p.ids.push_back(at->second);
+      ++count[at->second];
+    }
+    for (int64_t i = 0; i < p.n; ++i) p.share[i] = 1.0 / static_cast<double>(count[p.ids[i]]);
+    if (static_cast<int64_t>(seen.size()) == p.n) p.ids.clear();
+  }
+  return p;
+}
+
+const InfoNceLoops<float>& loops_of(float) { return info_nce_table().of_float; }
+const InfoNceLoops<double>& loops_of(double) { return info_nce_table().of_double; }
+
+// f(i, score) for the scores of rows with the columns of the same index.
+template <class Acc, class F>
+void each_partner(const PairTile<Acc>& t, F&& f) {
+  for (int64_t i = max_of(t.row, t.column); i < min_of(t.row + t.rows, t.column + t.columns); ++i) {
+    f(i, t.scores[(i - t.row) * t.ld + i - t.column]);
+  }
+}
+
+// The tiles' scale: with a positive one, the logit of a cosine of -infinity is -infinity.
+template <class T>
+Accumulator<T> tile_scale(const Problem<T>& p) {
+  using Acc = Accumulator<T>;
+  return std::max(static_cast<Acc>(p.scale), std::numeric_limits<Acc>::min());
+}
+
+template <class T>
+void forward_of(const Problem<T>& p, Accumulator<T>* losses, double* lse) {
+  using Acc = Accumulator<T>;
+  const InfoNceLoops<Acc>& loops = loops_of(Acc{});
+  const Acc scale = tile_scale(p);
+  const bool smooth = p.smooth[0] > 0;
+  Side<Acc> x(p.n, p.teacher), y(p.symmetric ? p.n : 0, p.teacher);
+  std::vector<Acc> partner(p.n);  // the cosine of each pair
+  std::vector<Side<Acc>> columns;
+  std::vector<SharedReference<Acc>> reference(thread_count()), teacher_reference(thread_count());
+
+  const auto softmax = [&](const ScoreTile<Acc>& tile, const Acc* row_factor, const Acc* column_factor,
+                           Softmax<Acc>* rows, int64_t row, Softmax<Acc>* cols, int64_t column,
+                           SharedReference<Acc>& shared, const Acc* weights, auto&& between) {
+    Acc low, high;
+    loops.cosines(tile, row_factor, column_factor, rows ? &rows->max[row] : nullptr,
+                  cols ? &cols->max[column] : nullptr, &low, &high);
+    References<Acc> r = shared.choose(scale * low, scale * high);
+    if (rows) rows->refer(row, tile.rows, scale, r);
+    if (cols) cols->refer(column, tile.columns, scale, r);
+    r.row = rows ? &rows->reference[row] : nullptr;
+    r.column = cols ? &cols->reference[column] : nullptr;
+    between();
+    loops.exp_sums(
+        tile, scale, r,
+        ExpSums<Acc>{rows != nullptr, cols != nullptr, rows ? &rows->sum[row] : nullptr,
+                     cols ? &cols->sum[column] : nullptr, weights, rows && weights ? &rows->weighted[row] : nullptr,
+                     cols && weights ? &cols->weighted[column] : nullptr});
+  };
+
+  scan_pairs(
+      p.pairs,
+      [&](int set, int64_t, int64_t count, int64_t parts) {
+        columns.assign(set == 0 && p.symmetric ? parts : 0, Side<Acc>(count, p.teacher));
+      },
+      [&](const PairTile<Acc>& t) {
+        Side<Acc>* const rows = p.has_rows(t) ? &x : nullptr;
+        Side<Acc>* const cols = p.has_columns(t) ? &columns[t.part] : nullptr;
+        const ScoreTile<Acc> tile{t.scores, t.ld, t.rows, t.columns};
+        const bool own_partners = p.of_pairs(t) && p.ids.empty();
+        softmax(tile, p.factor_of(0, t.row_set, t.row), p.factor_of(1, t.column_set, t.column),
+                rows ? &rows->student : nullptr, t.row, cols ? &cols->student : nullptr, t.strip_column,
+                reference[t.part], nullptr, [&] {
+                  if (!own_partners) return;
+                  // The partner stays out of the sums, so that a loss near 0 keeps its digits.
+                  each_partner(t, [&](int64_t i, Acc& c) {
+                    partner[i] = c;
+                    c = -std::numeric_limits<Acc>::infinity();
+                  });
+                });
+        if (own_partners) each_partner(t, [&](int64_t i, Acc& c) { c = partner[i]; });
+        const bool ids = p.of_pairs(t) && !p.ids.empty();
+        if (ids || smooth) {
+          loops.sums(tile, ids ? &p.ids[t.row] : nullptr, ids ? &p.ids[t.column] : nullptr,
+                     rows ? &rows->equal[t.row] : nullptr, cols ? &cols->equal[t.strip_column] : nullptr,
+                     rows ? &rows->all[t.row] : nullptr, cols ? &cols->all[t.strip_column] : nullptr);
+        }
+        if (!t.teacher) return;
+        softmax(ScoreTile<Acc>{t.teacher, t.ld, t.rows, t.columns}, p.teacher_factor_of(0, t.row_set, t.row),
+                p.teacher_factor_of(1, t.column_set, t.column), rows ? &rows->teacher : nullptr, t.row,
+                cols ? &cols->teacher : nullptr, t.strip_column, teacher_reference[t.part], t.scores, [] {});
+      },
+      [&](int set, int64_t first, int64_t count, int64_t) {
+        if (set == 0 && p.symmetric) {
+          for (const Side<Acc>& part : columns) y.add(first, count, part);
+        }
+      });
+
+  const Side<Acc>* const sides[] = {&x, &y};
+  const int count = p.symmetric ? 2 : 1;
+  for (int64_t i = 0; i < p.n; ++i) {
+    double loss = 0;
+    for (int side = 0; side < count; ++side) {
+      const Side<Acc>& s = *sides[side];
+      const double positive = p.ids.empty() ? static_cast<double>(partner[i]) : s.equal[i] * p.share[i];
+      const double excess =
+          p.ids.empty() ? s.student.excess(i, p.scale * positive) : s.student.lse(i) - p.scale * positive;
+      double target = (p.hard - 1) * positive;
+      if (smooth) target += p.smooth[side] * s.all[i];
+      if (p.teacher) target += p.soft * (s.teacher.weighted[i] / s.teacher.sum[i]);
+      loss += excess - p.scale * target;
+      lse[side * p.n + i] = p.scale * positive + excess;
+      if (p.teacher) lse[(count + side) * p.n + i] = s.teacher.lse(i);
+    }
+    losses[i] = static_cast<Acc>(loss / count);
+  }
+}
+
+template <class T>
+double backward_of(const Problem<T>& p, const Accumulator<T>* dlosses, const double* lse, T* const (&row_out)[2],
+                   T* const (&column_out)[2]) {
+  using Acc = Accumulator<T>;
+  const InfoNceLoops<Acc>& loops = loops_of(Acc{});
+  const Acc scale = tile_scale(p);
+  const int count = p.symmetric ? 2 : 1;
+  std::vector<double> weight(p.n);
+  for (int64_t i = 0; i < p.n; ++i) weight[i] = static_cast<double>(dlosses[i]) / count;
+  const std::vector<Acc> nothing(max_of(kGradientRows, kGradientColumns));
+  const GradientWeights<Acc> student(weight, lse, count, 1.0);
+  const GradientWeights<Acc> teacher(weight, lse + count * p.n, p.teacher ? count : 0, p.soft);
+  std::vector<Acc> hard(p.n), smooth[2];
+  for (int64_t i = 0; i < p.n; ++i) hard[i] = static_cast<Acc>(weight[i] * p.hard * p.share[i]);
+  for (int side = 0; side < 2 && p.smooth[0] > 0; ++side) {
+    for (const double w : weight) smooth[side].push_back(static_cast<Acc>(w * p.smooth[side]));
+  }
+  std::vector<double> totals(thread_count() * 8);  // one cache line apart
+
+  const int64_t parts = thread_count();
+  std::optional<RowSums<T>> sums[2];
+  const RowSums<T>* row_sums[2] = {};
+  bool wants_columns[2] = {};
+  for (int set = 0; set < 2; ++set) {
+    if (row_out[set])
+      row_sums[set] = &sums[set].emplace(row_out[set], p.pairs.rows[set].n, p.pairs.d, parts, kGradientRows);
+    wants_columns[set] = column_out[set] != nullptr;
+  }
+  // From u = G . y, in accumulators, to the gradient of rows [first, first + rows) of one set.
+  const auto finish = [&](int side, int set, int64_t first, int64_t rows, Acc* u, T* out) {
+    const Rows& loop = rows_for(dtype_of<T>());
+    const int64_t d = p.pairs.d;
+    const T* const x = (side == 0 ? p.pairs.rows[set] : p.pairs.columns[set]).data;
+    for (int64_t r = 0; r < rows; ++r) {
+      const double inverse = p.inverse[side][set][first + r];
+      const bool clamped = inverse >= (1.0 - 1e-6) / kEps;  // max(||x||, eps) = eps: the norm is a constant
+      const T* const row = x + (first + r) * d;
+      if (p.normalize && !clamped) loop.add_scaled(u + r * d, -loop.dot(u + r * d, row, d) * inverse * inverse, row, d);
+      loop.narrow(u + r * d, p.scale, d, out + (first + r) * d);
+    }
+  };
+
+  differentiate_pairs(
+      p.pairs, row_sums, wants_columns, true,
+      [&](const PairTile<Acc>& t) {
+        const bool rows = p.has_rows(t), cols = p.has_columns(t), pairs = p.of_pairs(t), ids = pairs && !p.ids.empty();
+        const ScoreTile<Acc> tile{t.scores, t.ld, t.rows, t.columns};
+        const auto weights = [&](const GradientWeights<Acc>& w, const Acc* row_factor, const Acc* column_factor,
+                                 References<Acc>& r) {
+          r = {w.shared, w.tile, rows ? &w.reference[0][t.row] : nullptr, cols ? &w.reference[1][t.column] : nullptr};
+          TileGradient<Acc> g{};
+          g.row_factor = row_factor;
+          g.column_factor = column_factor;
+          g.row_weight = rows ? &w.weight[0][t.row] : nullptr;
+          g.column_weight = cols ? &w.weight[1][t.column] : nullptr;
+          return g;
+        };
+        References<Acc> r;
+        if (t.teacher) {
+          const TileGradient<Acc> g = weights(teacher, p.teacher_factor_of(0, t.row_set, t.row),
+                                              p.teacher_factor_of(1, t.column_set, t.column), r);
+          loops.soft_targets(ScoreTile<Acc>{t.teacher, t.ld, t.rows, t.columns}, scale, r, g);
+        }
+        TileGradient<Acc> g =
+            weights(student, p.factor_of(0, t.row_set, t.row), p.factor_of(1, t.column_set, t.column), r);
+        g.soft = t.teacher;
+        if (ids) {
+          g.row_hard = &hard[t.row];
+          g.column_hard = cols ? &hard[t.column] : nothing.data();
+          g.row_ids = &p.ids[t.row];
+          g.column_ids = &p.ids[t.column];
+        }
+        if (!smooth[0].empty()) {
+          g.row_smooth = rows ? &smooth[0][t.row] : nothing.data();
+          g.column_smooth = cols ? &smooth[1][t.column] : nothing.data();
+        }
+        double total = 0;
+        Acc dots[kGradientRows];
+        if (pairs && !ids) {
+          each_partner(t, [&](int64_t i, Acc& dot) {
+            dots[i - t.row] = dot;
+            dot = 0;
+          });
+        }
+        total += loops.gradient(tile, scale, r, g);
+        if (pairs && !ids) {
+          // P - 1 = expm1(logit - lse): a partner found for certain keeps the digits of its gradient.
+          each_partner(t, [&](int64_t i, Acc& gradient) {
+            const Acc row_factor = p.factor[0][0][i], column_factor = p.factor[1][0][i];
+            const Acc c = dots[i - t.row] * row_factor * column_factor;
+            double d = 0;
+            for (int side = 0; side < count; ++side) {
+              d += weight[i] * (std::expm1(p.scale * static_cast<double>(c) - lse[side * p.n + i]) + 1 - p.hard);
+              if (!smooth[side].empty()) d -= static_cast<double>(smooth[side][i]);
+            }
+            if (t.teacher) d -= static_cast<double>(t.teacher[(i - t.row) * t.ld + i - t.column]);
+            total += d * static_cast<double>(c);
+            gradient = static_cast<Acc>(d) * row_factor * column_factor;
+          });
+        }
+        totals[t.part * 8] += total;
+      },
+      [&](int set, int64_t first, int64_t rows, Acc* u) { finish(1, set, first, rows, u, column_out[set]); });
+  for (int set = 0; set < 2; ++set) {
+    if (row_sums[set]) {
+      row_sums[set]->each_block(p.pairs.rows[set].n, parts, kGradientRows, [&](int64_t first, int64_t rows, Acc* u) {
+        finish(0, set, first, rows, u, row_out[set]);
+      });
+    }
+  }
+  double total = 0;
+  for (int64_t part = 0; part < parts; ++part) total += totals[part * 8];
+  return p.sign * total;
+}
+
+using MaybeTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+                                   const MaybeTensor& negatives_x, const MaybeTensor& negatives_y,
+                                   const MaybeTensor& ids, const MaybeTensor& teacher_x, const MaybeTensor& teacher_y,
+                                   bool normalize, bool symmetric, double label_smoothing, double alpha) {
+  const DType dtype = dtype_of(x, kOp);
+  PYMM_CHECK(x.dim() == 2, kOp, ": x must be (N, E)");
+  const int64_t rows = (symmetric ? 2 : 1) * (teacher_x ? 2 : 1);
+  Tensor losses = empty({x.size(0)}, x, accumulator_type(dtype));
+  Tensor lse = empty({rows, x.size(0)}, x, ScalarType::Double);
+  dispatch(dtype, [&]<class T>() {
+    const Problem<T> problem = problem_of<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x, teacher_y,
+                                              normalize, symmetric, label_smoothing, alpha});
+    if (problem.n > 0) forward_of(problem, data<Accumulator<T>>(losses), data<double>(lse));
+  });
+  return {losses, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dlosses_in, const Tensor& lse_in,
+                                                            const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+                                                            const MaybeTensor& negatives_x,
+                                                            const MaybeTensor& negatives_y, const MaybeTensor& ids,
+                                                            const MaybeTensor& teacher_x, const MaybeTensor& teacher_y,
+                                                            bool normalize, bool symmetric, double label_smoothing,
+                                                            double alpha, const std::vector<bool>& needs) {
+  const DType dtype = dtype_of(x, kOp);
+  PYMM_CHECK(x.dim() == 2 && needs.size() == 5, kOp, ": x must be (N, E), needs have five elements");
+  const int64_t n = x.size(0), d = x.size(1), rows = (symmetric ? 2 : 1) * (teacher_x ? 2 : 1);
+  const Tensor dlosses = dense(dlosses_in), lse = dense(lse_in);
+  PYMM_CHECK(dlosses.numel() == n && dlosses.scalar_type() == accumulator_type(dtype), kOp,
+             ": dlosses must be (N,) accumulators");
+  PYMM_CHECK(lse.numel() == rows * n && lse.scalar_type() == ScalarType::Double, kOp, ": lse does not fit");
+  const auto gradient = [&](bool needed, int64_t count) { return empty({needed ? count : 0, d}, x); };
+  Tensor dx = gradient(needs[0], n), dy = gradient(needs[1], n);
+  Tensor dnx = gradient(needs[3] && negatives_x, negatives_x ? negatives_x->size(0) : 0);
+  Tensor dny = gradient(needs[4] && negatives_y, negatives_y ? negatives_y->size(0) : 0);
+  Tensor dscale = zeros({}, logit_scale);
+  if (n == 0) {
+    torch::stable::zero_(dnx);
+    torch::stable::zero_(dny);
+    return {dx, dy, dscale, dnx, dny};
+  }
+  dispatch(dtype, [&]<class T>() {
+    const Problem<T> problem = problem_of<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x, teacher_y,
+                                              normalize, symmetric, label_smoothing, alpha});
+    const auto memory = [](const Tensor& t) { return t.numel() > 0 ? data<T>(t) : nullptr; };
+    const double total = backward_of<T>(problem, data<Accumulator<T>>(dlosses), data<double>(lse),
+                                        {memory(dx), memory(dnx)}, {memory(dy), memory(dny)});
+    *data<Accumulator<T>>(dscale) = static_cast<Accumulator<T>>(total);
+  });
+  return {dx, dy, dscale, dnx, dny};
+}
+
+}  // namespace
+}  // namespace pymm
+
+STABLE_TORCH_LIBRARY_IMPL(pymm, CPU, m) {
+  m.impl("info_nce", TORCH_BOX(&pymm::forward));
+  m.impl("info_nce_backward", TORCH_BOX(&pymm::backward));
+}
