@@ -222,6 +222,20 @@ inline float reduce_add(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float reduce_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
 #endif
 
+// Whether a comparison holds in any lane.
+template <class Mask>
+inline bool any(Mask mask) {
+  static_assert(sizeof(Mask) == kVectorBytes);
+#if PYMM_ISA_LEVEL >= 2
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif PYMM_ISA_LEVEL == 1
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  const vlong words = (vlong)mask;
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
 inline vfloat vsqrt(vfloat v) {
 #if PYMM_ISA_LEVEL >= 2
   return (vfloat)_mm512_sqrt_ps((__m512)v);
