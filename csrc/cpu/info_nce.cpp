@@ -11,12 +11,12 @@
 
 #include "cpu/info_nce_sides.h"
 #include "cpu/pairs.h"
+#include "cpu/unit_rows.h"
 
 namespace pymm {
 namespace {
 
 constexpr const char* kOp = "info_nce";
-constexpr double kEps = 1e-12;
 
 // The arguments, as the tiles need them.
 template <class T>
@@ -45,17 +45,6 @@ struct Problem {
   bool has_columns(const PairTile<Acc>& tile) const { return symmetric && tile.column_set == 0; }
   bool of_pairs(const PairTile<Acc>& tile) const { return tile.row_set == 0 && tile.column_set == 0; }
 };
-
-template <class T>
-std::vector<Accumulator<T>> inverse_norms(const T* x, int64_t n, int64_t d, bool normalize) {
-  std::vector<Accumulator<T>> inverse(n, 1);
-  if (!normalize) return inverse;
-  const Rows& rows = rows_for(dtype_of<T>());
-  parallel_ranges(n, 64, [&](int64_t begin, int64_t end) {
-    rows.inverse_norms(x + begin * d, d, end - begin, d, kEps, inverse.data() + begin);
-  });
-  return inverse;
-}
 
 struct Arguments {
   const Tensor &x, &y, &logit_scale;
@@ -119,10 +108,10 @@ Problem<T> problem_of(const Arguments& a) {
   for (int side = 0; side < 2; ++side) {
     for (int set = 0; set < 2; ++set) {
       const Features<T>& f = side == 0 ? p.pairs.rows[set] : p.pairs.columns[set];
-      p.inverse[side][set] = inverse_norms(f.data, f.n, d, p.normalize);
+      p.inverse[side][set] = unit_factors(f.data, f.n, d, p.normalize);
       p.factor[side][set] = signed_for(side, p.inverse[side][set]);
       if (set == 0 && f.teacher) {
-        p.teacher_factor[side][0] = signed_for(side, inverse_norms(f.teacher, f.n, d, p.normalize));
+        p.teacher_factor[side][0] = signed_for(side, unit_factors(f.teacher, f.n, d, p.normalize));
       }
     }
   }
@@ -269,33 +258,24 @@ double backward_of(const Problem<T>& p, const Accumulator<T>* dlosses, const dou
   for (int side = 0; side < 2 && p.smooth[0] > 0; ++side) {
     for (const double w : weight) smooth[side].push_back(static_cast<Acc>(w * p.smooth[side]));
   }
-  std::vector<double> totals(thread_count() * 8);  // one cache line apart
+  PartSums totals;
 
   const int64_t parts = thread_count();
   std::optional<RowSums<T>> sums[2];
-  const RowSums<T>* row_sums[2] = {};
-  bool wants_columns[2] = {};
+  Wanted<T> wanted;
   for (int set = 0; set < 2; ++set) {
     if (row_out[set])
-      row_sums[set] = &sums[set].emplace(row_out[set], p.pairs.rows[set].n, p.pairs.d, parts, kGradientRows);
-    wants_columns[set] = column_out[set] != nullptr;
+      wanted.rows[set] = &sums[set].emplace(row_out[set], p.pairs.rows[set].n, p.pairs.d, parts, kGradientRows);
+    wanted.columns[set] = column_out[set] != nullptr;
   }
-  // From u = G . y, in accumulators, to the gradient of rows [first, first + rows) of one set.
   const auto finish = [&](int side, int set, int64_t first, int64_t rows, Acc* u, T* out) {
-    const Rows& loop = rows_for(dtype_of<T>());
-    const int64_t d = p.pairs.d;
     const T* const x = (side == 0 ? p.pairs.rows[set] : p.pairs.columns[set]).data;
-    for (int64_t r = 0; r < rows; ++r) {
-      const double inverse = p.inverse[side][set][first + r];
-      const bool clamped = inverse >= (1.0 - 1e-6) / kEps;  // max(||x||, eps) = eps: the norm is a constant
-      const T* const row = x + (first + r) * d;
-      if (p.normalize && !clamped) loop.add_scaled(u + r * d, -loop.dot(u + r * d, row, d) * inverse * inverse, row, d);
-      loop.narrow(u + r * d, p.scale, d, out + (first + r) * d);
-    }
+    through_unit(u, x + first * p.pairs.d, p.normalize ? &p.inverse[side][set][first] : nullptr, p.scale, rows,
+                 p.pairs.d, out + first * p.pairs.d);
   };
 
   differentiate_pairs(
-      p.pairs, row_sums, wants_columns, true,
+      p.pairs, wanted,
       [&](const PairTile<Acc>& t) {
         const bool rows = p.has_rows(t), cols = p.has_columns(t), pairs = p.of_pairs(t), ids = pairs && !p.ids.empty();
         const ScoreTile<Acc> tile{t.scores, t.ld, t.rows, t.columns};
@@ -352,19 +332,17 @@ double backward_of(const Problem<T>& p, const Accumulator<T>* dlosses, const dou
             gradient = static_cast<Acc>(d) * row_factor * column_factor;
           });
         }
-        totals[t.part * 8] += total;
+        totals[t.part] += total;
       },
       [&](int set, int64_t first, int64_t rows, Acc* u) { finish(1, set, first, rows, u, column_out[set]); });
   for (int set = 0; set < 2; ++set) {
-    if (row_sums[set]) {
-      row_sums[set]->each_block(p.pairs.rows[set].n, parts, kGradientRows, [&](int64_t first, int64_t rows, Acc* u) {
+    if (wanted.rows[set]) {
+      wanted.rows[set]->each_block(p.pairs.rows[set].n, parts, kGradientRows, [&](int64_t first, int64_t rows, Acc* u) {
         finish(0, set, first, rows, u, row_out[set]);
       });
     }
   }
-  double total = 0;
-  for (int64_t part = 0; part < parts; ++part) total += totals[part * 8];
-  return p.sign * total;
+  return p.sign * totals.total();
 }
 
 using MaybeTensor = std::optional<Tensor>;

@@ -118,6 +118,21 @@ class PackedStrip {
   std::optional<PackedB> teacher_;
 };
 
+// One sum per part, each on a cache line of its own, added in the order of the parts.
+class PartSums {
+ public:
+  PartSums() : sums_(thread_count() * 8) {}
+  double& operator[](int64_t part) { return sums_[part * 8]; }
+  double total() const {
+    double sum = 0;
+    for (size_t i = 0; i < sums_.size(); i += 8) sum += sums_[i];
+    return sum;
+  }
+
+ private:
+  std::vector<double> sums_;
+};
+
 constexpr int64_t kScanRows = 96, kScanColumns = 128, kScanStrip = 1024;
 
 // visit(tile) for every tile; begin_strip(column_set, first, count, parts) before and end_strip(the same) after each
@@ -168,12 +183,18 @@ inline int64_t gradient_strip(int64_t parts, int64_t d, int64_t element_bytes) {
   return max_of(kGradientColumns, min_of(kGradientStrip, fitting / kGradientColumns * kGradientColumns));
 }
 
-// For every tile, visit(tile) turns its dot products into their gradients G in place. Then, for the rows,
-// row_sums[set] += G . Y where it is wanted (not null); and for the columns, finish(set, first, count, sums) receives
-// G^T . X in accumulators, (count, d), where wants_columns[set]. `everywhere`: visit every tile, wanted or not.
+// What to make of the gradients G of the dot products.
+template <class T>
+struct Wanted {
+  const RowSums<T>* rows[2] = {};  // += G . Y, per set; null: not wanted
+  bool columns[2] = {};            // G^T . X, per set
+  bool everywhere = true;          // visit every tile, wanted for that or not
+};
+
+// For every tile, visit(tile) turns its dot products into G in place. finish(set, first, count, sums) receives G^T . X
+// in accumulators, (count, d), for the columns [first, first + count) of a set.
 template <class T, class Visit, class Finish>
-void differentiate_pairs(const Pairs<T>& pairs, const RowSums<T>* const (&row_sums)[2], const bool (&wants_columns)[2],
-                         bool everywhere, Visit&& visit, Finish&& finish) {
+void differentiate_pairs(const Pairs<T>& pairs, const Wanted<T>& wanted, Visit&& visit, Finish&& finish) {
   using Acc = Accumulator<T>;
   const Gemm& gemm = gemm_for(dtype_of<T>());
   const int64_t d = pairs.d, acc_bytes = sizeof(Acc);
@@ -181,7 +202,7 @@ void differentiate_pairs(const Pairs<T>& pairs, const RowSums<T>* const (&row_su
     const Features<T>& columns = pairs.columns[set];
     const RowBlocks blocks(pairs, set, kGradientRows, gemm.mr);
     const int64_t parts = blocks.parts();
-    const bool to_columns = wants_columns[set] && d > 0;
+    const bool to_columns = wanted.columns[set] && d > 0;
     const int64_t width = gradient_strip(parts, d, acc_bytes);
     const int64_t part_bytes = round_up(min_of(width, columns.n) * d * acc_bytes, 64) + 64;
     Scratch column_sums(to_columns && columns.n > 0 ? parts * part_bytes : 0);
@@ -190,8 +211,8 @@ void differentiate_pairs(const Pairs<T>& pairs, const RowSums<T>* const (&row_su
       const PackedStrip<T> strip(gemm, columns, first, count, d);
       // The strip again for G . Y, where K runs over its rows.
       const int64_t turned_bytes = round_up(gemm.b_bytes(d, kGradientColumns), 64);
-      Scratch turned((row_sums[0] || row_sums[1]) ? tiles * turned_bytes : 0);
-      if (row_sums[0] || row_sums[1]) {
+      Scratch turned((wanted.rows[0] || wanted.rows[1]) ? tiles * turned_bytes : 0);
+      if (wanted.rows[0] || wanted.rows[1]) {
         parallel_tasks(tiles, [&](int64_t tile) {
           const int64_t column = tile * kGradientColumns;
           gemm.pack_b(columns.data + (first + column) * d, 1, d, d, min_of(kGradientColumns, count - column),
@@ -210,8 +231,8 @@ void differentiate_pairs(const Pairs<T>& pairs, const RowSums<T>* const (&row_su
         bool first_block = true;
         blocks.of(part, [&](const RowBlock& block) {
           const Features<T>& rows = pairs.rows[block.set];
-          const RowSums<T>* const to_rows = d > 0 ? row_sums[block.set] : nullptr;
-          if (!to_rows && !to_columns && !everywhere) return;
+          const RowSums<T>* const to_rows = d > 0 ? wanted.rows[block.set] : nullptr;
+          if (!to_rows && !to_columns && !wanted.everywhere) return;
           own.fill(rows.data + block.row * d, block.rows);
           if (teacher) teacher->fill(rows.teacher + block.row * d, block.rows);
           if (to_columns) gemm.pack_b(rows.data + block.row * d, 1, d, d, block.rows, block_panels.as<void>());

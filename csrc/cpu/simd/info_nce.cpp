@@ -2,63 +2,17 @@
 // is loaded in part, and a mask keeps its empty lanes out of maxima and sums.
 #include "cpu/simd/info_nce.h"
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/scores.h"
 
 namespace pymm::PYMM_ISA {
 namespace {
 
-constexpr int64_t kMaxColumns = 256;  // of a tile
-
-template <class Acc>
-struct MaskOf {
-  using type = vint;
-};
-template <>
-struct MaskOf<double> {
-  using type = vlong;
-};
-
-// exp(x) for x <= 88, within 2 units in the last place; below -87, of -infinity too, a number below 2e-38.
-inline vfloat exp_bounded(vfloat x) {
-  constexpr float kLog2e = 1.44269504088896341f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits
-  x = vmax(broadcast(-87.0f), x);
-  const vfloat shifted = x * kLog2e + kRound;
-  const vfloat n = shifted - kRound;
-  vfloat r = x - n * kLn2High;
-  r = r - n * kLn2Low;
-  vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-#if PYMM_ISA_LEVEL >= 2
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  return p * (vfloat)(((vint)shifted << 23) + 0x3f800000);  // the shift leaves n alone of the bits of `shifted`
-#endif
-}
-inline vdouble exp_bounded(vdouble x) { return vexp(x); }
-
 template <class Acc>
 struct Loops {
   using V = Vector<Acc>;
-  using M = typename MaskOf<Acc>::type;
+  using M = Mask<Acc>;
   static constexpr int lanes = lanes_of<Acc>();
   static constexpr Acc kLowest = -__builtin_huge_val();
-
-  // step(j, count, keep) for each vector of a row; `keep` is all ones in the full ones.
-  template <class Step>
-  static inline __attribute__((always_inline)) void each(int64_t columns, Step&& step) {
-    int64_t j = 0;
-    for (; j + lanes <= columns; j += lanes) step(j, lanes, M{} == M{});
-    if (j == columns) return;
-    M keep;
-    for (int i = 0; i < lanes; ++i) keep[i] = i < columns - j ? -1 : 0;
-    step(j, columns - j, keep);
-  }
 
   static void cosines(ScoreTile<Acc> t, const Acc* row_factor, const Acc* column_factor, Acc* row_max, Acc* column_max,
                       Acc* lowest, Acc* highest) {
@@ -73,7 +27,7 @@ struct Loops {
       Acc* row = t.data + r * t.ld;
       const V factor = broadcast(row_factor[r]);
       V top = broadcast(kLowest);
-      each(t.columns, [&](int64_t j, int64_t count, M keep) {
+      each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M keep) {
         const V c = load_some(row + j, count) * factor * load_some(column_factor + j, count);
         store_some(row + j, c, count);
         const V kept = keep ? c : broadcast(kLowest);
@@ -104,7 +58,7 @@ struct Loops {
       const Acc* row = t.data + r * t.ld;
       V sum{}, sum_weighted{};
       const V row_reference = broadcast(shared ? reference.tile : sums.rows ? reference.row[r] : Acc{0});
-      each(t.columns, [&](int64_t j, int64_t count, M keep) {
+      each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M keep) {
         const V c = load_some(row + j, count);
         const V weight = weighted ? load_some(sums.weights + r * t.ld + j, count) : V{};
         V e{};
@@ -155,7 +109,7 @@ struct Loops {
     for (int64_t r = 0; r < t.rows; ++r) {
       const Acc* row = t.data + r * t.ld;
       V sum_equal{}, sum_all{};
-      each(t.columns, [&](int64_t j, int64_t count, M) {
+      each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M) {
         const V c = load_some(row + j, count);
         sum_all += c;
         store_some(all + j, load_some(all + j, count) + c, count);
@@ -198,7 +152,7 @@ struct Loops {
     for (int64_t r = 0; r < t.rows; ++r) {
       Acc* row = t.data + r * t.ld;
       const V factor = broadcast(g.row_factor[r]);
-      each(t.columns, [&](int64_t j, int64_t count, M) {
+      each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M) {
         const V c = load_some(row + j, count) * factor * load_some(g.column_factor + j, count);
         store_some(row + j, terms<shared>(c, s, reference, g, r, j, count), count);
       });
@@ -216,7 +170,7 @@ struct Loops {
       Acc* row = t.data + r * t.ld;
       const V factor = broadcast(g.row_factor[r]);
       V sum{};
-      each(t.columns, [&](int64_t j, int64_t count, M keep) {
+      each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M keep) {
         const V column_factor = load_some(g.column_factor + j, count);
         const V c = load_some(row + j, count) * factor * column_factor;  // rounded as in `cosines`
         V d = terms<shared>(c, s, reference, g, r, j, count);
