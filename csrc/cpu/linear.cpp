@@ -4,8 +4,8 @@
 // each block of accumulators while it is in cache; the input of f is written beside the result where backward needs
 // it. Backward: dz = dout f'(z) and the column sums of it (db) in one pass over memory, then dx = dz W and
 // dW = dz^T x from the same packing. Every sum runs over fixed blocks in a fixed order, whatever the number of threads.
-#include "cpu/product.h"
 #include "cpu/simd/linear.h"
+#include "cpu/product.h"
 #include "cpu/simd/rows.h"
 
 namespace pymm {
@@ -58,7 +58,9 @@ Matrix transposed(const Matrix& a) {
 }
 
 template <class T>
-T* pointer(const std::optional<Tensor>& t) { return t ? data<T>(*t) : nullptr; }
+T* pointer(const std::optional<Tensor>& t) {
+  return t ? data<T>(*t) : nullptr;
+}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias_in,
                                    const std::optional<std::string>& activation,
@@ -148,8 +150,8 @@ void through_activation(const T* dout, const T* pre, const Shape& s, int f, T* d
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const Tensor& x_in, const Tensor& weight,
                                             const std::optional<Tensor>& bias, const std::optional<Tensor>& pre_in,
-                                            const std::optional<std::string>& activation, bool need_x,
-                                            bool need_weight, bool need_bias) {
+                                            const std::optional<std::string>& activation, bool need_x, bool need_weight,
+                                            bool need_bias) {
   const Shape s = shape_of(x_in, weight);
   const int f = index_of(activation);
   const DType dtype = dtype_of(x_in, kOp);

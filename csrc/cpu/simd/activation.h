@@ -37,26 +37,38 @@ inline vdouble each_lane(vdouble z, F&& f) {
 }
 
 template <class V>
-inline V sigmoid(V z) { return reciprocal(1 + vexp(-z)); }
+inline V sigmoid(V z) {
+  return reciprocal(1 + vexp(-z));
+}
 
 // f(z) = z, with nothing to differentiate.
 struct Identity {
   template <class V>
-  static V value(V z) { return z; }
+  static V value(V z) {
+    return z;
+  }
   template <class V>
-  static V slope(V z) { return z * 0 + 1; }
+  static V slope(V z) {
+    return z * 0 + 1;
+  }
 };
 
 struct Relu {
   template <class V>
-  static V value(V z) { return z < 0 ? V{} : z; }
+  static V value(V z) {
+    return z < 0 ? V{} : z;
+  }
   template <class V>
-  static V slope(V z) { return z > 0 ? V{} + 1 : V{}; }
+  static V slope(V z) {
+    return z > 0 ? V{} + 1 : V{};
+  }
 };
 
 struct Silu {
   template <class V>
-  static V value(V z) { return z * sigmoid(z); }
+  static V value(V z) {
+    return z * sigmoid(z);
+  }
   template <class V>
   static V slope(V z) {
     const V s = sigmoid(z);
@@ -67,7 +79,9 @@ struct Silu {
 // z sigmoid(1.702 z)
 struct QuickGelu {
   template <class V>
-  static V value(V z) { return z * sigmoid(z * kScale<V>); }
+  static V value(V z) {
+    return z * sigmoid(z * kScale<V>);
+  }
   template <class V>
   static V slope(V z) {
     const V u = z * kScale<V>, s = sigmoid(u);
@@ -86,7 +100,8 @@ struct Gelu {
   static vfloat value(vfloat z) {
     constexpr float p[] = {3.989419853e-01f, 3.514257818e-02f, 4.761631465e-03f,
                            1.828607046e-04f, 6.530756490e-06f, 2.221572651e-08f};
-    constexpr float q[] = {1.0f, 2.547529661e-01f, 2.939883679e-02f, 1.962448571e-03f, 7.861108585e-05f, 1.195393299e-06f};
+    constexpr float q[] = {
+        1.0f, 2.547529661e-01f, 2.939883679e-02f, 1.962448571e-03f, 7.861108585e-05f, 1.195393299e-06f};
     const vfloat s = z * z;
     const vfloat inside = z * (0.5f + z * polynomial(s, p) * reciprocal(polynomial(s, q)));
     return s > 5.5f * 5.5f ? (z < 0 ? vfloat{} : z) : inside;
@@ -94,7 +109,8 @@ struct Gelu {
   static vfloat slope(vfloat z) {
     constexpr float p[] = {7.978845303e-01f, -3.074304612e-02f, 1.420914195e-02f,
                            2.419198932e-05f, 3.585044296e-05f,  1.908821956e-07f};
-    constexpr float q[] = {1.0f, 2.948061795e-01f, 4.106483602e-02f, 3.528771847e-03f, 1.935223524e-04f, 8.887386905e-06f};
+    constexpr float q[] = {
+        1.0f, 2.948061795e-01f, 4.106483602e-02f, 3.528771847e-03f, 1.935223524e-04f, 8.887386905e-06f};
     const vfloat s = z * z;
     const vfloat inside = 0.5f + z * polynomial(s, p) * reciprocal(polynomial(s, q));
     return s > 6.0f * 6.0f ? (z < 0 ? vfloat{} : vfloat{} + 1.0f) : inside;
@@ -114,7 +130,9 @@ struct Gelu {
 // z (1 + tanh u) / 2 = z sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
 struct GeluTanh {
   template <class V>
-  static V value(V z) { return z * sigmoid(twice_u(z)); }
+  static V value(V z) {
+    return z * sigmoid(twice_u(z));
+  }
   template <class V>
   static V slope(V z) {
     const V s = sigmoid(twice_u(z));
@@ -130,7 +148,9 @@ struct GeluTanh {
   template <class V>
   static constexpr Lane<V> kCubic = 0.044715;
   template <class V>
-  static V twice_u(V z) { return z * (kTwice<V> + kTwice<V> * kCubic<V> * (z * z)); }
+  static V twice_u(V z) {
+    return z * (kTwice<V> + kTwice<V> * kCubic<V> * (z * z));
+  }
 };
 
 }  // namespace pymm::PYMM_ISA
