@@ -79,6 +79,12 @@ def test_gradients_reach_every_parameter(row: CLIPSpec) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
+@BOTH
+def test_empty_batch(row: CLIPSpec) -> None:
+    image, text, _ = build(row).eval()(*(t[:0] for t in inputs(row)))
+    assert image.shape == text.shape == (0, 16)
+
+
 def test_tokens_after_the_end_do_not_matter() -> None:
     model, (_, tokens) = build(VIT), inputs(VIT)
     before = model.encode_text(tokens)
