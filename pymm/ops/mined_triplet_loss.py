@@ -57,10 +57,10 @@ def mined_triplet_loss(
 
     Numerics:
         Cosines are those of `pymm.ops.cosine_similarity`, compared as they are accumulated, in float32 at
-        least, and losses are summed in float64. Among equally hard rows the lowest index is chosen. The
-        choice has no gradient, nor has a hinge of exactly 0. A NaN in `x` or `y` makes the loss NaN. On a
-        CPU the N x N similarities never exist: they are computed in tiles, and in panels of a few rows
-        for "semi-hard" and "all".
+        least, and losses are summed in that type or a wider one. Among equally hard rows the lowest index is
+        chosen. The choice has no gradient, nor has a hinge of exactly 0. A NaN in `x` or `y` makes the loss
+        NaN. On a CPU the N x N similarities never exist: they are computed in tiles, and in panels of a few
+        rows for "semi-hard" and "all".
 
     Kept for backward: the inputs, the inverse norms, the size of T, and for "hard" the chosen triplets, 2
     numbers per anchor; the other minings select again.
@@ -152,8 +152,8 @@ def _reference(
     s = _cosines(x.to(acc), (x if y is None else y).to(acc), inv_x, inv_x if y is None else inv_y)
     w, active, count, triplets = _mine(s, labels, y is not None, margin, mining)
     # W is mostly zeros, and 0 * NaN is NaN: a NaN anywhere reaches the loss.
-    total = margin * active + (w.double() * s.double()).sum()
-    return (total / count.clamp_min(1)).to(acc), count, triplets, inv_x, inv_y
+    total = margin * active.to(acc) + (w * s).sum()
+    return total / count.clamp_min(1), count, triplets, inv_x, inv_y
 
 
 def _fake(
