@@ -47,7 +47,10 @@ class TokenEmbed(nn.Module):
             fail("TokenEmbed", "tokens", f"(B, L) with L <= {longest}", shape(tokens))
         if tokens.dtype not in (torch.int64, torch.int32):
             fail("TokenEmbed", "tokens", "int64 or int32", tokens.dtype)
-        if not torch.compiler.is_compiling() and tokens.device.type == "cpu" and tokens.numel():
+        readable = (
+            type(tokens) is Tensor and tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        )
+        if readable and tokens.numel():
             low, high = (int(n) for n in tokens.aminmax())
             if low < 0 or high >= v:
                 fail("TokenEmbed", "tokens", f"ids in [0, {v})", low if low < 0 else high)

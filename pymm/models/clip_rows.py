@@ -16,133 +16,45 @@ from pymm.models.vit import ViTTower
 
 _RADFORD_VIT = "Radford et al. 2021, arXiv:2103.00020, table 20"
 _RADFORD_RN = "Radford et al. 2021, arXiv:2103.00020, table 19"
-_CHERTI = "Cherti et al. 2023, arXiv:2212.07143; open_clip"
+_CHERTI = "Cherti et al. 2023, arXiv:2212.07143, with open_clip"
+_DATACOMP = "Gadre et al. 2023, arXiv:2304.14108, with open_clip"
+_DFN = "Fang et al. 2023, arXiv:2309.17425, with open_clip"
 _SIGLIP = "Zhai et al. 2023, arXiv:2303.15343, sec. 3.2, with CLIP's towers"
 
 _BASE_32 = ViTTower(224, 32, 768, 12, 12, 3072)
 _BASE_16 = ViTTower(224, 16, 768, 12, 12, 3072)
-_LARGE_14 = ViTTower(224, 14, 1024, 24, 16, 4096)
-_HUGE_14 = ViTTower(224, 14, 1280, 32, 16, 5120)
+_LARGE = ViTTower(224, 14, 1024, 24, 16, 4096)
+_HUGE = ViTTower(224, 14, 1280, 32, 16, 5120)
+_GIANT = ViTTower(224, 14, 1408, 40, 16, 6144)
+_BIGG = ViTTower(224, 14, 1664, 48, 16, 8192)
+_RN50 = ResNetTower(224, (3, 4, 6, 3), 64)
+_RN101 = ResNetTower(224, (3, 4, 23, 3), 64)
+_RN50X4 = ResNetTower(288, (4, 6, 10, 6), 80)
+_RN50X16 = ResNetTower(384, (6, 8, 18, 8), 96)
+_RN50X64 = ResNetTower(448, (3, 15, 36, 10), 128)
 _TEXT_512 = TextTower(512, 12, 8)
 _TEXT_640 = TextTower(640, 12, 10)
 _TEXT_768 = TextTower(768, 12, 12)
 _TEXT_1024 = TextTower(1024, 12, 16)
 _TEXT_1024_24 = TextTower(1024, 24, 16)
+_TEXT_1280 = TextTower(1280, 32, 20)
 
-# Rows that exist with both activations.
-_BOTH = (
-    CLIPSpec(
-        "clip_vit_base_patch32", _BASE_32, _TEXT_512, 512, "gelu", 151_277_313, _RADFORD_VIT, ("ViT-B-32",)
-    ),
-    CLIPSpec(
-        "clip_vit_base_patch16", _BASE_16, _TEXT_512, 512, "gelu", 149_620_737, _RADFORD_VIT, ("ViT-B-16",)
-    ),
-    CLIPSpec(
-        "clip_vit_large_patch14", _LARGE_14, _TEXT_768, 768, "gelu", 427_616_513, _RADFORD_VIT, ("ViT-L-14",)
-    ),
-    CLIPSpec(
-        "clip_vit_large_patch14_336",
-        replace(_LARGE_14, image_size=336),
-        _TEXT_768,
-        768,
-        "gelu",
-        427_944_193,
-        _RADFORD_VIT,
-        ("ViT-L-14-336",),
-    ),
-    CLIPSpec(
-        "clip_vit_huge_patch14", _HUGE_14, _TEXT_1024_24, 1024, "gelu", 986_109_441, _CHERTI, ("ViT-H-14",)
-    ),
-    CLIPSpec(
-        "clip_vit_huge_patch14_378",
-        replace(_HUGE_14, image_size=378),
-        _TEXT_1024_24,
-        1024,
-        "gelu",
-        986_714_881,
-        "Fang et al. 2023, arXiv:2309.17425; open_clip",
-        ("ViT-H-14-378",),
-    ),
-    CLIPSpec(
-        "clip_vit_bigg_patch14",
-        ViTTower(224, 14, 1664, 48, 16, 8192),
-        TextTower(1280, 32, 20),
-        1280,
-        "gelu",
-        2_539_567_105,
-        _CHERTI,
-        ("ViT-bigG-14",),
-    ),
-    CLIPSpec(
-        "clip_rn50",
-        ResNetTower(224, (3, 4, 6, 3), 64),
-        _TEXT_512,
-        1024,
-        "gelu",
-        102_007_137,
-        _RADFORD_RN,
-        ("RN50",),
-    ),
-    CLIPSpec(
-        "clip_rn101",
-        ResNetTower(224, (3, 4, 23, 3), 64),
-        _TEXT_512,
-        512,
-        "gelu",
-        119_688_033,
-        _RADFORD_RN,
-        ("RN101",),
-    ),
-    CLIPSpec(
-        "clip_rn50x4",
-        ResNetTower(288, (4, 6, 10, 6), 80),
-        _TEXT_640,
-        640,
-        "gelu",
-        178_300_601,
-        _RADFORD_RN,
-        ("RN50x4",),
-    ),
-    CLIPSpec(
-        "clip_rn50x16",
-        ResNetTower(384, (6, 8, 18, 8), 96),
-        _TEXT_768,
-        768,
-        "gelu",
-        290_979_217,
-        _RADFORD_RN,
-        ("RN50x16",),
-    ),
-    CLIPSpec(
-        "clip_rn50x64",
-        ResNetTower(448, (3, 15, 36, 10), 128),
-        _TEXT_1024,
-        1024,
-        "gelu",
-        623_258_305,
-        _RADFORD_RN,
-        ("RN50x64",),
-    ),
-)
 
-_TINY = CLIPSpec(
-    "clip_tiny",
-    ViTTower(48, 8, 128, 4, 4, 512),
-    TextTower(128, 3, 4, context_length=24, vocab_size=2048),
-    128,
-    "gelu",
-    1_716_097,
-    "pymm: for tests and the demo",
-)
+def _gelu(
+    name: str,
+    image: ViTTower | ResNetTower,
+    text: TextTower,
+    embed: int,
+    parameters: int,
+    source: str,
+    *aliases: str,
+) -> CLIPSpec:
+    return CLIPSpec(f"clip_{name}", image, text, embed, "gelu", parameters, source, aliases)
 
 
 def _quick(row: CLIPSpec) -> CLIPSpec:
-    return replace(
-        row,
-        name=f"{row.name}_quickgelu",
-        activation="quick_gelu",
-        aliases=tuple(f"{alias}-quickgelu" for alias in row.aliases),
-    )
+    aliases = tuple(f"{alias}-quickgelu" for alias in row.aliases)
+    return replace(row, name=f"{row.name}_quickgelu", activation="quick_gelu", aliases=aliases)
 
 
 def _sigmoid(row: CLIPSpec) -> CLIPSpec:
@@ -158,29 +70,36 @@ def _sigmoid(row: CLIPSpec) -> CLIPSpec:
     )
 
 
+def _at(tower: ViTTower, image_size: int) -> ViTTower:
+    return replace(tower, image_size=image_size)
+
+
+# These exist with both activations.
+_BOTH = (
+    _gelu("vit_base_patch32", _BASE_32, _TEXT_512, 512, 151_277_313, _RADFORD_VIT, "ViT-B-32"),
+    _gelu("vit_base_patch16", _BASE_16, _TEXT_512, 512, 149_620_737, _RADFORD_VIT, "ViT-B-16"),
+    _gelu("vit_large_patch14", _LARGE, _TEXT_768, 768, 427_616_513, _RADFORD_VIT, "ViT-L-14"),
+    _gelu(
+        "vit_large_patch14_336", _at(_LARGE, 336), _TEXT_768, 768, 427_944_193, _RADFORD_VIT, "ViT-L-14-336"
+    ),
+    _gelu("vit_huge_patch14", _HUGE, _TEXT_1024_24, 1024, 986_109_441, _CHERTI, "ViT-H-14"),
+    _gelu("vit_huge_patch14_378", _at(_HUGE, 378), _TEXT_1024_24, 1024, 986_714_881, _DFN, "ViT-H-14-378"),
+    _gelu("vit_bigg_patch14", _BIGG, _TEXT_1280, 1280, 2_539_567_105, "open_clip", "ViT-bigG-14"),
+    _gelu("rn50", _RN50, _TEXT_512, 1024, 102_007_137, _RADFORD_RN, "RN50"),
+    _gelu("rn101", _RN101, _TEXT_512, 512, 119_688_033, _RADFORD_RN, "RN101"),
+    _gelu("rn50x4", _RN50X4, _TEXT_640, 640, 178_300_601, _RADFORD_RN, "RN50x4"),
+    _gelu("rn50x16", _RN50X16, _TEXT_768, 768, 290_979_217, _RADFORD_RN, "RN50x16"),
+    _gelu("rn50x64", _RN50X64, _TEXT_1024, 1024, 623_258_305, _RADFORD_RN, "RN50x64"),
+)
+
+# For tests and the demo.
+_TINY = _gelu("tiny", ViTTower(48, 8, 128, 4, 4, 512), TextTower(128, 3, 4, 24, 2048), 128, 1_716_097, "pymm")
+
 ROWS = (
     *_BOTH,
     *(_quick(row) for row in _BOTH),
-    CLIPSpec(
-        "clip_vit_base_patch32_256",
-        replace(_BASE_32, image_size=256),
-        _TEXT_512,
-        512,
-        "gelu",
-        151_288_833,
-        "Gadre et al. 2023, arXiv:2304.14108; open_clip",
-        ("ViT-B-32-256",),
-    ),
-    CLIPSpec(
-        "clip_vit_giant_patch14",
-        ViTTower(224, 14, 1408, 40, 16, 6144),
-        _TEXT_1024_24,
-        1024,
-        "gelu",
-        1_366_678_273,
-        _CHERTI,
-        ("ViT-g-14",),
-    ),
+    _gelu("vit_base_patch32_256", _at(_BASE_32, 256), _TEXT_512, 512, 151_288_833, _DATACOMP, "ViT-B-32-256"),
+    _gelu("vit_giant_patch14", _GIANT, _TEXT_1024_24, 1024, 1_366_678_273, _CHERTI, "ViT-g-14"),
     _sigmoid(_BOTH[1]),
     _TINY,
     _sigmoid(_TINY),

@@ -82,6 +82,16 @@ class TextTransformer(nn.Module):
         return self.forward_head(self.forward_features(tokens, intermediates=intermediates), tokens)
 
 
+def trim(tokens: Tensor) -> Tensor:
+    """`tokens (B, L)` without the columns behind the last end token of the batch.
+
+    `TextTransformer` gives the same result for both, since nothing behind an end token is seen from it; with
+    short captions in a long context it has several times less to do. It looks at the values, so it belongs in
+    front of a compiled model, and on a GPU it waits for them.
+    """
+    return tokens[:, : int(tokens.argmax(1).max()) + 1] if tokens.numel() else tokens
+
+
 @dataclass(frozen=True)
 class TextTower:
     """Sizes of the text transformer inside a CLIP row."""

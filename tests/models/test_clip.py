@@ -8,12 +8,13 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymm
 from pymm.models import CLIP, CLIPSpec, describe
 from pymm.models.clip import build
 from pymm.models.resnet import ResNetTower
-from pymm.models.text import TextTower
+from pymm.models.text import TextTower, trim
 from pymm.models.vit import ViTTower
 from pymm.ops import info_nce
 
@@ -95,6 +96,18 @@ def test_tokens_after_the_end_do_not_matter() -> None:
     changed[0, 1] = 8
     assert (model.encode_text(changed)[0] - before[0]).abs().max() > 1e-3
     torch.testing.assert_close(model.encode_text(tokens[:1, :3]), before[:1])  # shorter than the context
+    short = trim(tokens[:3])
+    assert short.shape == (3, 5)  # the ends stand at 2, 3 and 4
+    torch.testing.assert_close(model.encode_text(short), before[:3])
+    assert trim(tokens[:0]).shape == (0, 9)
+
+
+def test_fake_tensors_pass() -> None:
+    """Ids are not looked at where there are none."""
+    model, batch = build(VIT), inputs(VIT)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        image, text, _ = model(*(mode.from_tensor(t) for t in batch))
+    assert image.shape == text.shape == (4, 16)
 
 
 @BOTH
