@@ -1,0 +1,71 @@
+"""Training: settings, the loop, checkpoints, processes. Parts are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pymm.training.clip import Run, load_run, train_clip
+    from pymm.training.errors import CheckpointError, NonFiniteError, SettingsError, TrainingError
+    from pymm.training.loop import RunResult, Trainer
+    from pymm.training.settings import (
+        AugmentSettings,
+        ClipSettings,
+        DataSettings,
+        EvaluationSettings,
+        ModelSettings,
+        ObjectiveSettings,
+        OptimizerSettings,
+        RunSettings,
+        ScheduleSettings,
+    )
+    from pymm.training.settings_file import load_settings
+
+# The command line reads the settings to answer `--help`, and must not import torch for it.
+_PARTS = {
+    "clip": ("Run", "load_run", "train_clip"),
+    "errors": ("CheckpointError", "NonFiniteError", "SettingsError", "TrainingError"),
+    "loop": ("RunResult", "Trainer"),
+    "settings": (
+        "AugmentSettings",
+        "ClipSettings",
+        "DataSettings",
+        "EvaluationSettings",
+        "ModelSettings",
+        "ObjectiveSettings",
+        "OptimizerSettings",
+        "RunSettings",
+        "ScheduleSettings",
+    ),
+    "settings_file": ("load_settings",),
+}
+_PART_OF = {name: part for part, names in _PARTS.items() for name in names}
+
+__all__ = [
+    "AugmentSettings",
+    "CheckpointError",
+    "ClipSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "NonFiniteError",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "Run",
+    "RunResult",
+    "RunSettings",
+    "ScheduleSettings",
+    "SettingsError",
+    "Trainer",
+    "TrainingError",
+    "load_run",
+    "load_settings",
+    "train_clip",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PART_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PART_OF[name]}"), name)
