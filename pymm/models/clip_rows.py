@@ -94,6 +94,10 @@ _BOTH = (
 
 # For tests and the demo.
 _TINY = _gelu("tiny", ViTTower(48, 8, 128, 4, 4, 512), TextTower(128, 3, 4, 24, 2048), 128, 1_716_097, "pymm")
+# For the demo: at its few thousand pictures a residual network learns faster than a transformer.
+_RN_TINY = _gelu(
+    "rn_tiny", ResNetTower(64, (1, 1, 1, 1), 16), TextTower(128, 2, 4, 16, 2048), 192, 2_080_601, "pymm"
+)
 
 ROWS = (
     *_BOTH,
@@ -103,4 +107,5 @@ ROWS = (
     _sigmoid(_BOTH[1]),
     _TINY,
     _sigmoid(_TINY),
+    _RN_TINY,
 )

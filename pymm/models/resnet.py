@@ -89,7 +89,8 @@ class ResNet(nn.Module):
         Returns:
             `(B, C, H/32, W/32)`.
         """
-        x = self.stem(self.normalize(pixels, next(self.parameters()).dtype))
+        x = self.normalize(pixels, next(self.parameters()).dtype)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # what convolutions are fastest with
         if intermediates is not None:
             intermediates["stem"] = x
         for i, stage in enumerate(self.stages):
