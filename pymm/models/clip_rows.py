@@ -92,7 +92,7 @@ _BOTH = (
     _gelu("rn50x64", _RN50X64, _TEXT_1024, 1024, 623_258_305, _RADFORD_RN, "RN50x64"),
 )
 
-# For tests and the demo.
+# For tests.
 _TINY = _gelu("tiny", ViTTower(48, 8, 128, 4, 4, 512), TextTower(128, 3, 4, 24, 2048), 128, 1_716_097, "pymm")
 # For the demo: at its few thousand pictures a residual network learns faster than a transformer.
 _RN_TINY = _gelu(
