@@ -55,11 +55,11 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     float64 is left alone, as torch leaves it.
     """
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )

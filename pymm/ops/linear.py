@@ -228,7 +228,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(
         "several tiles", (rand(2, 101, 70), rand(260, 70) * 0.1, rand(260), "gelu", rand(2, 101, 260))
     )
-    yield Sample("few rows, many columns", (rand(3, 600), rand(517, 600) * 0.05, rand(517), "gelu"))
+    yield Sample("few rows, many columns", (rand(3, 40), rand(517, 40) * 0.2, rand(517), "gelu"))
+    yield Sample("deep", (rand(5, 1100), rand(9, 1100) * 0.03, rand(9)))
 
 
 def _eager(

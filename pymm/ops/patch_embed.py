@@ -71,16 +71,8 @@ def patch_embed(
         tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
         autocast(pixels, weight, bias, prefix, position, mask_token),
     )
-    check_same(
-        NAME,
-        "weight",
-        weight,
-        pixels=None if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 else pixels,
-        bias=bias,
-        prefix=prefix,
-        position=position,
-        mask_token=mask_token,
-    )
+    check_same(NAME, "weight", weight, bias=bias, prefix=prefix, position=position, mask_token=mask_token)
+    _check_kind("pixels", pixels, (torch.uint8, weight.dtype), f"uint8 or of weight's type {weight.dtype}")
     check_device(NAME, "weight", weight, "pixels", pixels)
     if weight.ndim != 4 or min(weight.shape[2:]) < 1:
         fail(NAME, "weight", "(C, Cin, ph, pw) with ph, pw >= 1", shape(weight))
@@ -98,7 +90,7 @@ def patch_embed(
         fail(NAME, "position", f"({n}, {c}){both}", shape(position))
     keep = _checked_keep(keep, weight, b)
     if mask is not None:
-        _check_kind("mask", mask, (torch.bool,), "a bool tensor")
+        _check_kind("mask", mask, (torch.bool,), "of type torch.bool")
         check_device(NAME, "weight", weight, "mask", mask)
         check_shape(NAME, "mask", mask, (b, n))
         if mask_token is None:
@@ -112,7 +104,7 @@ def patch_embed(
 
 def _check_kind(name: str, t: object, dtypes: tuple[torch.dtype, ...], expected: str) -> None:
     if not isinstance(t, Tensor):
-        fail(NAME, name, expected, type(t).__name__)
+        fail(NAME, name, "a tensor", type(t).__name__)
     if t.dtype not in dtypes:
         fail(NAME, name, expected, t.dtype)
 
@@ -120,7 +112,7 @@ def _check_kind(name: str, t: object, dtypes: tuple[torch.dtype, ...], expected:
 def _checked_keep(keep: Tensor | None, weight: Tensor, b: int) -> Tensor | None:
     if keep is None:
         return None
-    _check_kind("keep", keep, INTEGERS, "a tensor of an integer type")
+    _check_kind("keep", keep, INTEGERS, "of an integer type")
     check_device(NAME, "weight", weight, "keep", keep)
     check_shape(NAME, "keep", keep, (b, "K"))
     return keep.long()
