@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TRAINED, UNSEEN_STYLE = "emoji:twemoji,fluent", "emoji:noto"
 MODEL = "clip_rn_tiny"
-STEPS, QUICK_STEPS = 1300, 3
+STEPS, QUICK_STEPS = 1100, 3
 QUERIES, SHOWN = 6, 5
 
 

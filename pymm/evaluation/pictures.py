@@ -92,16 +92,16 @@ def retrieval_sheet(
     axes.set_ylim(height, 0)
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.text(0, 0.55, title, color=INK, fontsize=20, weight="bold", va="center")
+    axes.text(0.04, 0.55, title, color=INK, fontsize=20, weight="bold", va="center")
     for c, (heading, below, found) in enumerate(columns):
         left = c * wide
-        axes.text(left, 1.12, heading, color=INK, fontsize=13, weight="bold", va="center")
-        axes.text(left, 1.42, below, color=GREY, fontsize=9.5, va="center")
+        axes.text(left + 0.04, 1.12, heading, color=INK, fontsize=13, weight="bold", va="center")
+        axes.text(left + 0.04, 1.42, below, color=GREY, fontsize=9.5, va="center")
         for r, one in enumerate(found):
             y = top + r * row
-            axes.text(left, y + 0.2, _short(one.text), color=INK, fontsize=12.5, va="center")
+            axes.text(left + 0.04, y + 0.2, _short(one.text), color=INK, fontsize=12.5, va="center")
             where = f"place {one.place}"
-            axes.text(left + shown, y + 0.2, where, color=GREY, fontsize=9.5, va="center", ha="right")
+            axes.text(left + shown - 0.08, y + 0.2, where, color=GREY, fontsize=9.5, va="center", ha="right")
             for i, right in enumerate(one.right):
                 x = left + i
                 axes.imshow(
@@ -123,7 +123,7 @@ def retrieval_sheet(
                 )
     axes.set_xlim(-0.4, width)
     axes.set_ylim(height, 0)
-    axes.text(0, height - 0.28, note, color=GREY, fontsize=9.5, va="center")
+    axes.text(0.04, height - 0.28, note, color=GREY, fontsize=9.5, va="center")
     figure.savefig(path, dpi=130)
 
 
