@@ -88,6 +88,8 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator(x.dtype)
     g, xa, ya = dout.to(acc), x.to(acc), y.to(acc)
+    # The norms once more: a second derivative goes through them.
+    inv_x, inv_y = inverse_norms(x, eps), inverse_norms(y, eps)
     dx = row_gradient(g, xa, ya, inv_x, inv_y, eps)
     dy = row_gradient(g.mT, ya.expand(*x.shape[:-2], *y.shape[-2:]), xa, inv_y, inv_x, eps)
     return dx.to(x.dtype), dy.sum_to_size(y.shape).to(y.dtype)

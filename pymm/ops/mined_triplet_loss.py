@@ -183,8 +183,9 @@ def _backward_reference(
     mining: str,
 ) -> tuple[Tensor, Tensor]:
     acc = accumulator(x.dtype)
-    xa = x.to(acc)
-    ya, inv_ya = (xa, inv_x) if y is None else (y.to(acc), inv_y)
+    # The norms once more: a second derivative goes through them.
+    xa, inv_x = x.to(acc), inverse_norms(x)
+    ya, inv_ya = (xa, inv_x) if y is None else (y.to(acc), inverse_norms(y))
     with torch.no_grad():
         w = _mine(_cosines(xa, ya, inv_x, inv_ya), labels, y is not None, margin, mining)[0]
     ds = w * (dloss / count.clamp_min(1))
