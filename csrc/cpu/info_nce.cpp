@@ -5,9 +5,10 @@
 // targets, dS = g_i (P - t) + g_j (Q - t'), and each tile of dS feeds both G . Y and G^T . X while it is in cache.
 // The norms enter in the epilogue: G = dS / (||x|| ||y||) is the gradient of the plain dot product, so x and y are
 // multiplied as they are and no normalized copy exists; then dx = s (u - <u, x^> x^) with u = G . y.
+#include "cpu/info_nce_problem.h"
+
 #include <cmath>
 #include <limits>
-#include <unordered_map>
 
 #include "cpu/info_nce_sides.h"
 #include "cpu/pairs.h"
@@ -15,125 +16,6 @@
 
 namespace pymm {
 namespace {
-
-constexpr const char* kOp = "info_nce";
-
-// The arguments, as the tiles need them.
-template <class T>
-struct Problem {
-  using Acc = Accumulator<T>;
-
-  Pairs<T> pairs;
-  int64_t n = 0;
-  bool normalize = true, symmetric = true, teacher = false;
-  double scale = 0, sign = 1;                 // |logit_scale| and its sign
-  double hard = 1, soft = 0, smooth[2] = {};  // weights of the targets' parts; smooth per candidate of x, of y
-  std::vector<Acc> inverse[2][2];             // [rows, columns][set]: 1 / norm, or 1
-  std::vector<Acc> teacher_inverse[2];        // of the teacher's x, y
-  std::vector<int32_t> ids;                   // 0.. in order of appearance; empty: all differ
-  std::vector<double> share;                  // 1 / the number of pairs of equal id
-  std::vector<Tensor> alive;
-
-  // What tiles of dot products are multiplied by; the sign of the scale is in the rows' factors.
-  std::vector<Acc> factor[2][2], teacher_factor[2][2];
-
-  const Acc* factor_of(int side, int set, int64_t i) const { return factor[side][set].data() + i; }
-  const Acc* teacher_factor_of(int side, int set, int64_t i) const {
-    return set == 0 ? teacher_factor[side][0].data() + i : factor_of(side, set, i);
-  }
-  bool has_rows(const PairTile<Acc>& tile) const { return tile.row_set == 0; }
-  bool has_columns(const PairTile<Acc>& tile) const { return symmetric && tile.column_set == 0; }
-  bool of_pairs(const PairTile<Acc>& tile) const { return tile.row_set == 0 && tile.column_set == 0; }
-};
-
-struct Arguments {
-  const Tensor &x, &y, &logit_scale;
-  const std::optional<Tensor>&negatives_x, &negatives_y, &ids, &teacher_x, &teacher_y;
-  bool normalize, symmetric;
-  double label_smoothing, alpha;
-};
-
-template <class T>
-Problem<T> problem_of(const Arguments& a) {
-  using Acc = Accumulator<T>;
-  Problem<T> p;
-  p.n = a.x.size(0);
-  const int64_t d = a.x.size(1);
-  p.normalize = a.normalize;
-  p.symmetric = a.symmetric;
-  p.teacher = a.teacher_x.has_value();
-  const auto features = [&](const Tensor& t, int64_t rows, const char* name) -> const T* {
-    PYMM_CHECK(
-        t.dim() == 2 && t.size(1) == d && (rows < 0 || t.size(0) == rows) && t.scalar_type() == a.x.scalar_type(), kOp,
-        ": ", name, " does not fit x");
-    p.alive.push_back(dense(t));
-    return data<T>(p.alive.back());
-  };
-  p.pairs.d = d;
-  p.pairs.rows[0] = {features(a.x, p.n, "x"), nullptr, p.n};
-  p.pairs.columns[0] = {features(a.y, p.n, "y"), nullptr, p.n};
-  PYMM_CHECK(!a.negatives_x || a.symmetric, kOp, ": negatives_x needs symmetric");
-  PYMM_CHECK(a.teacher_x.has_value() == a.teacher_y.has_value(), kOp, ": one teacher without the other");
-  // The negatives are their own teachers.
-  if (a.negatives_x) {
-    const T* const negatives = features(*a.negatives_x, -1, "negatives_x");
-    p.pairs.rows[1] = {negatives, p.teacher ? negatives : nullptr, a.negatives_x->size(0)};
-  }
-  if (a.negatives_y) {
-    const T* const negatives = features(*a.negatives_y, -1, "negatives_y");
-    p.pairs.columns[1] = {negatives, p.teacher ? negatives : nullptr, a.negatives_y->size(0)};
-  }
-  if (p.teacher) {
-    p.pairs.rows[0].teacher = features(*a.teacher_x, p.n, "teacher_x");
-    p.pairs.columns[0].teacher = features(*a.teacher_y, p.n, "teacher_y");
-  }
-
-  PYMM_CHECK(a.logit_scale.numel() == 1 && a.logit_scale.scalar_type() == accumulator_type(dtype_of<T>()), kOp,
-             ": logit_scale must be one accumulator");
-  const double scale = *data<Acc>(a.logit_scale);
-  p.scale = std::fabs(scale);
-  p.sign = scale < 0 ? -1 : 1;
-  const double alpha = p.teacher ? a.alpha : 0;
-  p.hard = (1 - a.label_smoothing) * (1 - alpha);
-  p.soft = (1 - a.label_smoothing) * alpha;
-  p.smooth[0] = a.label_smoothing / static_cast<double>(max_of(1, p.n + p.pairs.columns[1].n));
-  p.smooth[1] = a.label_smoothing / static_cast<double>(max_of(1, p.n + p.pairs.rows[1].n));
-
-  const auto signed_for = [&](int side, std::vector<Acc> inverse) {
-    if (side == 0 && p.sign < 0) {
-      for (Acc& value : inverse) value = -value;
-    }
-    return inverse;
-  };
-  for (int side = 0; side < 2; ++side) {
-    for (int set = 0; set < 2; ++set) {
-      const Features<T>& f = side == 0 ? p.pairs.rows[set] : p.pairs.columns[set];
-      p.inverse[side][set] = unit_factors(f.data, f.n, d, p.normalize);
-      p.factor[side][set] = signed_for(side, p.inverse[side][set]);
-      if (set == 0 && f.teacher) {
-        p.teacher_factor[side][0] = signed_for(side, unit_factors(f.teacher, f.n, d, p.normalize));
-      }
-    }
-  }
-
-  p.share.assign(p.n, 1.0);
-  if (a.ids) {
-    PYMM_CHECK(a.ids->dim() == 1 && a.ids->size(0) == p.n && a.ids->scalar_type() == ScalarType::Long, kOp,
-               ": ids must be (N,) int64");
-    const Tensor ids = dense(*a.ids);
-    std::unordered_map<int64_t, int32_t> seen;
-    std::vector<int64_t> count;
-    for (int64_t i = 0; i < p.n; ++i) {
-      const auto [at, added] = seen.emplace(data<int64_t>(ids)[i], static_cast<int32_t>(seen.size()));
-      if (added) count.push_back(0);
-      p.ids.push_back(at->second);
-      ++count[at->second];
-    }
-    for (int64_t i = 0; i < p.n; ++i) p.share[i] = 1.0 / static_cast<double>(count[p.ids[i]]);
-    if (static_cast<int64_t>(seen.size()) == p.n) p.ids.clear();
-  }
-  return p;
-}
 
 const InfoNceLoops<float>& loops_of(float) { return info_nce_table().of_float; }
 const InfoNceLoops<double>& loops_of(double) { return info_nce_table().of_double; }
@@ -148,13 +30,13 @@ void each_partner(const PairTile<Acc>& t, F&& f) {
 
 // The tiles' scale: with a positive one, the logit of a cosine of -infinity is -infinity.
 template <class T>
-Accumulator<T> tile_scale(const Problem<T>& p) {
+Accumulator<T> tile_scale(const InfoNceProblem<T>& p) {
   using Acc = Accumulator<T>;
   return std::max(static_cast<Acc>(p.scale), std::numeric_limits<Acc>::min());
 }
 
 template <class T>
-void forward_of(const Problem<T>& p, Accumulator<T>* losses, double* lse) {
+void forward_of(const InfoNceProblem<T>& p, Accumulator<T>* losses, double* lse) {
   using Acc = Accumulator<T>;
   const InfoNceLoops<Acc>& loops = loops_of(Acc{});
   const Acc scale = tile_scale(p);
@@ -242,7 +124,7 @@ void forward_of(const Problem<T>& p, Accumulator<T>* losses, double* lse) {
 }
 
 template <class T>
-double backward_of(const Problem<T>& p, const Accumulator<T>* dlosses, const double* lse, T* const (&row_out)[2],
+double backward_of(const InfoNceProblem<T>& p, const Accumulator<T>* dlosses, const double* lse, T* const (&row_out)[2],
                    T* const (&column_out)[2]) {
   using Acc = Accumulator<T>;
   const InfoNceLoops<Acc>& loops = loops_of(Acc{});
@@ -308,16 +190,13 @@ double backward_of(const Problem<T>& p, const Accumulator<T>* dlosses, const dou
           g.row_smooth = rows ? &smooth[0][t.row] : nothing.data();
           g.column_smooth = cols ? &smooth[1][t.column] : nothing.data();
         }
-        double total = 0;
+        const bool partners = pairs && !ids && t.row < t.column + t.columns && t.column < t.row + t.rows;
+        g.has_diagonal = partners;
+        g.diagonal = t.row - t.column;
         Acc dots[kGradientRows];
-        if (pairs && !ids) {
-          each_partner(t, [&](int64_t i, Acc& dot) {
-            dots[i - t.row] = dot;
-            dot = 0;
-          });
-        }
-        total += loops.gradient(tile, scale, r, g);
-        if (pairs && !ids) {
+        if (partners) each_partner(t, [&](int64_t i, Acc& dot) { dots[i - t.row] = dot; });
+        double total = loops.gradient(tile, scale, r, g);
+        if (partners) {
           // P - 1 = expm1(logit - lse): a partner found for certain keeps the digits of its gradient.
           each_partner(t, [&](int64_t i, Acc& gradient) {
             const Acc row_factor = p.factor[0][0][i], column_factor = p.factor[1][0][i];
@@ -351,14 +230,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Tenso
                                    const MaybeTensor& negatives_x, const MaybeTensor& negatives_y,
                                    const MaybeTensor& ids, const MaybeTensor& teacher_x, const MaybeTensor& teacher_y,
                                    bool normalize, bool symmetric, double label_smoothing, double alpha) {
-  const DType dtype = dtype_of(x, kOp);
-  PYMM_CHECK(x.dim() == 2, kOp, ": x must be (N, E)");
+  const DType dtype = dtype_of(x, kInfoNce);
+  PYMM_CHECK(x.dim() == 2, kInfoNce, ": x must be (N, E)");
   const int64_t rows = (symmetric ? 2 : 1) * (teacher_x ? 2 : 1);
   Tensor losses = empty({x.size(0)}, x, accumulator_type(dtype));
   Tensor lse = empty({rows, x.size(0)}, x, ScalarType::Double);
   dispatch(dtype, [&]<class T>() {
-    const Problem<T> problem = problem_of<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x, teacher_y,
-                                              normalize, symmetric, label_smoothing, alpha});
+    const InfoNceProblem<T> problem = info_nce_problem<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x,
+                                                           teacher_y, normalize, symmetric, label_smoothing, alpha});
     if (problem.n > 0) forward_of(problem, data<Accumulator<T>>(losses), data<double>(lse));
   });
   return {losses, lse};
@@ -371,13 +250,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dlosse
                                                             const MaybeTensor& teacher_x, const MaybeTensor& teacher_y,
                                                             bool normalize, bool symmetric, double label_smoothing,
                                                             double alpha, const std::vector<bool>& needs) {
-  const DType dtype = dtype_of(x, kOp);
-  PYMM_CHECK(x.dim() == 2 && needs.size() == 5, kOp, ": x must be (N, E), needs have five elements");
+  const DType dtype = dtype_of(x, kInfoNce);
+  PYMM_CHECK(x.dim() == 2 && needs.size() == 5, kInfoNce, ": x must be (N, E), needs have five elements");
   const int64_t n = x.size(0), d = x.size(1), rows = (symmetric ? 2 : 1) * (teacher_x ? 2 : 1);
   const Tensor dlosses = dense(dlosses_in), lse = dense(lse_in);
-  PYMM_CHECK(dlosses.numel() == n && dlosses.scalar_type() == accumulator_type(dtype), kOp,
+  PYMM_CHECK(dlosses.numel() == n && dlosses.scalar_type() == accumulator_type(dtype), kInfoNce,
              ": dlosses must be (N,) accumulators");
-  PYMM_CHECK(lse.numel() == rows * n && lse.scalar_type() == ScalarType::Double, kOp, ": lse does not fit");
+  PYMM_CHECK(lse.numel() == rows * n && lse.scalar_type() == ScalarType::Double, kInfoNce, ": lse does not fit");
   const auto gradient = [&](bool needed, int64_t count) { return empty({needed ? count : 0, d}, x); };
   Tensor dx = gradient(needs[0], n), dy = gradient(needs[1], n);
   Tensor dnx = gradient(needs[3] && negatives_x, negatives_x ? negatives_x->size(0) : 0);
@@ -389,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dlosse
     return {dx, dy, dscale, dnx, dny};
   }
   dispatch(dtype, [&]<class T>() {
-    const Problem<T> problem = problem_of<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x, teacher_y,
-                                              normalize, symmetric, label_smoothing, alpha});
+    const InfoNceProblem<T> problem = info_nce_problem<T>({x, y, logit_scale, negatives_x, negatives_y, ids, teacher_x,
+                                                           teacher_y, normalize, symmetric, label_smoothing, alpha});
     const auto memory = [](const Tensor& t) { return t.numel() > 0 ? data<T>(t) : nullptr; };
     const double total = backward_of<T>(problem, data<Accumulator<T>>(dlosses), data<double>(lse),
                                         {memory(dx), memory(dnx)}, {memory(dy), memory(dny)});

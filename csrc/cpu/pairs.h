@@ -174,7 +174,7 @@ void scan_pairs(const Pairs<T>& pairs, Begin&& begin_strip, Visit&& visit, End&&
   }
 }
 
-constexpr int64_t kGradientRows = 192, kGradientColumns = 256, kGradientStrip = 1024;
+constexpr int64_t kGradientRows = 192, kGradientColumns = 256, kGradientStrip = 512;
 constexpr int64_t kStripBytes = 8 << 20;  // of the parts' sums over rows, together
 
 // The columns of a strip: as many as the parts' sums allow.

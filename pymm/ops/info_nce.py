@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.ops._checks import autocast, check_device, check_same, check_shape, fail, shape
+from pymm.ops._contrastive import as_scalar, through_unit, unit
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
 
 NAME = "info_nce"
-EPS = 1e-12  # of the normalization, as in F.normalize
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -134,21 +134,6 @@ def info_nce(
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def as_scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    """`value` as a tensor without dimensions, on the device and in the accumulator's type of `like`."""
-    acc = torch.promote_types(like.dtype, torch.float32)
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            fail(op, name, "a number or a tensor of one element", shape(value))
-        if not value.is_floating_point():
-            fail(op, name, "a number or a floating tensor", value.dtype)
-        check_device(op, "x", like, name, value)
-        return value.reshape(()).to(acc)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        fail(op, name, "a number or a tensor of one element", type(value).__name__)
-    return torch.full((), value, dtype=acc, device=like.device)
-
-
 def _check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
     if ids is None:
         return None
@@ -159,22 +144,6 @@ def _check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
     check_shape(NAME, "ids", ids, (x.shape[0],))
     check_device(NAME, "x", x, "ids", ids)
     return ids.to(torch.int64)
-
-
-def unit(t: Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
-    """The rows of `t` as the loss multiplies them, in the accumulator's type, and the factor of each."""
-    ta = t.to(torch.promote_types(t.dtype, torch.float32))
-    inverse = ta.norm(dim=-1).clamp_min(EPS).reciprocal() if normalize else ta.new_ones(ta.shape[:-1])
-    return ta * inverse[:, None], inverse
-
-
-def through_unit(du: Tensor, t: Tensor, normalize: bool = True) -> Tensor:
-    """The gradient of the rows of `t`, given that of `unit(t)`."""
-    if not normalize:
-        return du.to(t.dtype)
-    u, inverse = unit(t)
-    free = (inverse < (1 - 1e-6) / EPS)[:, None]  # where the norm is divided by, and not eps
-    return (inverse[:, None] * (du - free * (du * u).sum(-1, keepdim=True) * u)).to(t.dtype)
 
 
 def _hard_targets(rows: int, columns: int, ids: Tensor | None, like: Tensor) -> Tensor:

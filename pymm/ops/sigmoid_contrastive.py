@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.ops._checks import autocast, check_same, check_shape
+from pymm.ops._contrastive import as_scalar, through_unit, unit
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
-from pymm.ops.info_nce import as_scalar, through_unit, unit
 
 NAME = "sigmoid_contrastive"
 

@@ -169,6 +169,7 @@ struct Loops {
     for (int64_t r = 0; r < t.rows; ++r) {
       Acc* row = t.data + r * t.ld;
       const V factor = broadcast(g.row_factor[r]);
+      const int64_t partner = r + g.diagonal;
       V sum{};
       each_vector<Acc>(t.columns, [&](int64_t j, int64_t count, M keep) {
         const V column_factor = load_some(g.column_factor + j, count);
@@ -181,6 +182,7 @@ struct Loops {
             d -= same_id(g.row_ids[r], g.column_ids + j, count,
                          broadcast(g.row_hard[r]) + load_some(g.column_hard + j, count));
           }
+          if (g.has_diagonal && partner >= j && partner < j + lanes) keep[partner - j] = 0;
         }
         const V weighted = d * c;
         sum += keep ? weighted : V{};
@@ -191,7 +193,7 @@ struct Loops {
     return total;
   }
   static double gradient(ScoreTile<Acc> t, Acc scale, const References<Acc>& reference, const TileGradient<Acc>& g) {
-    const bool general = g.row_smooth || g.soft || g.row_ids;
+    const bool general = g.row_smooth || g.soft || g.row_ids || g.has_diagonal;
     if (reference.shared) {
       return general ? gradient_of<true, true>(t, scale, reference, g)
                      : gradient_of<true, false>(t, scale, reference, g);

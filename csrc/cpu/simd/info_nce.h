@@ -43,6 +43,10 @@ struct TileGradient {
   // Targets of equal ids, row[i] + column[j]; null: none.
   const Acc *row_hard, *column_hard;
   const int32_t *row_ids, *column_ids;
+  // The partner of row r is column r + diagonal, where there is such a column: what it adds to the gradient of the
+  // scale, and its own gradient, are left to the caller.
+  bool has_diagonal;
+  int64_t diagonal;
   // Targets of every score, row[i] + column[j]; null: none.
   const Acc *row_smooth, *column_smooth;
   // Targets of every score: a tile that `soft_targets` made, as this one apart; null: none.
@@ -62,7 +66,7 @@ struct InfoNceLoops {
   void (*soft_targets)(ScoreTile<Acc> tile, Acc scale, const References<Acc>& reference,
                        const TileGradient<Acc>& gradient);
   // From dot products to d loss / d logit * row_factor * column_factor, in place; returns the sum of
-  // d loss / d logit * c, the gradient of the scale.
+  // d loss / d logit * c, the gradient of the scale, over all but the diagonal.
   double (*gradient)(ScoreTile<Acc> tile, Acc scale, const References<Acc>& reference,
                      const TileGradient<Acc>& gradient);
 };

@@ -47,7 +47,7 @@ inline vfloat exp_bounded(vfloat x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
+  p = p * (r * r) + r + 1.0f;
 #if PYMM_ISA_LEVEL >= 2
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
