@@ -72,7 +72,11 @@ def train_clip(
             evaluate=score if settings.evaluation.source else None,
             on_step=on_step,
         )
-        return trainer.fit(build_loader(settings, model, tokenizer, world))
+        loader = build_loader(settings, model, tokenizer, world)
+        result = trainer.fit(loader)
+        if loader.report.skipped:
+            print(f"data of the last epoch, process {world.rank}: {loader.report}", flush=True)
+        return result
 
 
 def encode_pairs(model: Any, batch: Batch) -> tuple[Tensor, ...]:

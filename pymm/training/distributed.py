@@ -101,10 +101,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (dout,) = grads
-        total = dout.contiguous().clone()
+        total = dout.to(torch.promote_types(dout.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.rows
-        return total[start : start + ctx.rows]
+        return total[start : start + ctx.rows].to(dout.dtype)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -155,12 +155,18 @@ def info_nce(
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in few large messages.
 
-    A parameter without a gradient in this process takes part with zeros, so that the processes agree.
+    A parameter that has a gradient in some processes only counts as zero in the others; one that has none in
+    any is left without.
     """
     world = current_world()
     if world.size == 1:
         return
-    for bucket in _buckets(parameters):
+    parameters = list(parameters)
+    used = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device
+    )
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for bucket in _buckets(p for p, there in zip(parameters, used.tolist(), strict=True) if there):
         for p in bucket:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

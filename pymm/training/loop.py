@@ -115,6 +115,7 @@ class Trainer:
         self.checkpoint: Path | None = None
         self.loss: float | None = None
         self.scores: dict[str, Any] | None = None
+        self.scores_step = -1
 
     def fit(self, loader: Loader) -> RunResult:
         """Train to the end, or until SIGINT or SIGTERM, which save a checkpoint first.
@@ -248,7 +249,7 @@ class Trainer:
         step = self.state.position.step
         if self.evaluate is not None and self.world.is_main:
             with evaluating(self.state.weights, self.state.average) as model, torch.no_grad():
-                self.scores = self.evaluate(model, step)
+                self.scores, self.scores_step = self.evaluate(model, step), step
             show.message(f"step {step}  " + headline(self.scores))
             if log is not None:
                 log.write({"step": step, "evaluation": self.scores})
@@ -258,9 +259,12 @@ class Trainer:
         completed, step = self._over, self.state.position.step
         weights = self.directory / WEIGHTS if completed else None
         if step and (self.checkpoint is None or step_of(self.checkpoint) != step):
-            if completed:
-                self._score(show, log)
             self._save(log)
+        # After the checkpoint: should the evaluation fail, the training is not lost.
+        if completed and distributed.share(self.scores_step) != step:
+            self._score(show, log)
+            if log is not None:
+                log.sync()
         if weights is not None and self.world.is_main:
             average = self.state.average
             export_weights(weights, average.state if average is not None else self.state.weights.state_dict())
@@ -314,8 +318,9 @@ class Trainer:
         if self.world.is_main:
             step = self.state.position.step
             set_aside(directory, newer_than=step)
-            lines = [line for line in read_log(self.directory / LOG) if line["step"] <= step]
-            self.scores = next((line["evaluation"] for line in reversed(lines) if "evaluation" in line), None)
+            for line in read_log(self.directory / LOG):
+                if "evaluation" in line and line["step"] <= step:
+                    self.scores, self.scores_step = line["evaluation"], line["step"]
 
 
 def _closable(batches: Iterator[Any]) -> Any:

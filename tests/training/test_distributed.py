@@ -15,10 +15,17 @@ from safetensors.torch import load_file
 from pymm import ops
 from pymm.objectives import ContrastiveObjective
 from pymm.training.distributed import World, gather, info_nce, process_group
+from pymm.training.log import read_log
 from tests.training.small import PairLoader, fit, model, settings
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"whole": (None, "infonce"), "cached": (2, "infonce"), "sigmoid": (None, "sigmoid")}
+# name -> micro-batch size, objective, precision
+RUNS = {
+    "whole": (None, "infonce", "fp32"),
+    "cached": (2, "infonce", "fp32"),
+    "sigmoid": (None, "sigmoid", "fp32"),
+    "autocast": (None, "infonce", "bf16-autocast"),
+}
 
 # All that needs two processes, as starting them takes longer than what they do.
 PROGRAM = """
@@ -37,8 +44,9 @@ torch.set_num_threads(1)
 
 def weights(world):
     loader = PairLoader(batch_size=8, rank=world.rank, size=world.size)
-    for name, (micro, kind) in RUNS.items():
-        given = settings(out / name, schedule=dict(steps=3), data=dict(micro_batch_size=micro))
+    for name, (micro, kind, precision) in RUNS.items():
+        data = dict(micro_batch_size=micro)
+        given = settings(out / name, schedule=dict(steps=3), data=data, precision=precision)
         small = model(dropout=0.0, bias=kind == "sigmoid")
         result = fit(given, loader, small, objective=ContrastiveObjective(kind))
         assert result.status == "completed"
@@ -56,7 +64,12 @@ def gradients(world):
     small = model(dropout=0.0)
     loss = distributed.info_nce(*small(batch.pixels, batch.tokens), ids=batch.ids, label_smoothing=0.1)
     loss.backward()
-    distributed.average_gradients(small.parameters())
+    unused, mine = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    if world.is_main:
+        mine.grad = torch.ones(3)
+    distributed.average_gradients([unused, *small.parameters(), mine])
+    assert unused.grad is None
+    assert mine.grad.tolist() == [0.5] * 3
     ours = {name: p.grad for name, p in small.named_parameters()}
     for name in ours:
         torch.testing.assert_close(ours[name], ddp[name])
@@ -111,13 +124,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(name: str, two: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Weights after three steps: with the whole batch, with cached micro-batches, with the sigmoid loss."""
-    micro, kind = RUNS[name]
+    micro, kind, precision = RUNS[name]
     small = model(dropout=0.0, bias=kind == "sigmoid")
     start = small.embed.weight.detach().clone()
     objective = ContrastiveObjective(kind)  # type: ignore[arg-type]
     # The products of two rows and of eight round differently, and AdamW makes much of it: hence the same cut.
-    given = settings(tmp_path, schedule={"steps": 3}, data={"micro_batch_size": micro})
+    data = {"micro_batch_size": micro}
+    given = settings(tmp_path, schedule={"steps": 3}, data=data, precision=precision)
     fit(given, PairLoader(batch_size=8), small, objective=objective)
+    logs = [read_log(out / "log.jsonl") for out in (two[0] / name, tmp_path)]
+    losses = [[line["loss"] for line in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if precision == "fp32" else 1e-2)
+    if precision != "fp32":  # AdamW makes a whole step of a sign, and bfloat16 decides signs
+        return
     path = "checkpoints/step_00000003/model.safetensors"
     both = load_file(two[0] / name / path)
     for key, t in load_file(tmp_path / path).items():
