@@ -20,7 +20,7 @@ from pymm.training.display import Display, Rate, display, headline
 from pymm.training.environment import Stop, catch_signals, reproducible
 from pymm.training.errors import NonFiniteError, TrainingError
 from pymm.training.log import LOG, Log, read_log
-from pymm.training.optimizer import clamp_logit_scale, gradient_norm, progress, rate_factor
+from pymm.training.optimizer import clamp_logit_scale, gradient_norm, progress, rate_factor, share_done
 from pymm.training.rundir import WEIGHTS, checkpoints_of, export_weights, open_run
 from pymm.training.settings import ClipSettings
 from pymm.training.state import State
@@ -167,18 +167,19 @@ class Trainer:
             position.epoch, position.batch = position.epoch + 1, 0
 
     @property
-    def _progress(self) -> float:
-        return progress(self.state.position.step, self.state.position.elapsed_s, self.settings.schedule)
+    def _share(self) -> float:
+        return share_done(self.state.position.step, self.state.position.elapsed_s, self.settings.schedule)
 
     @property
     def _over(self) -> bool:
-        return self._progress >= 1
+        return self._share >= 1
 
     def _step(self, batch: Any) -> dict[str, Any]:
         """One optimizer step; what the log says of it."""
         settings, state = self.settings.optimizer, self.state
         parameters, position = state.weights.trainable, state.position
-        learning_rate = settings.learning_rate * rate_factor(self._progress, self.settings.schedule)
+        done = progress(position.step, position.elapsed_s, self.settings.schedule)
+        learning_rate = settings.learning_rate * rate_factor(done, self.settings.schedule)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
         state.weights.zero_grad()
@@ -233,7 +234,7 @@ class Trainer:
     def _after_step(self, line: dict[str, Any], show: Display, log: Log | None) -> None:
         run, step = self.settings.run, line["step"]
         logged = step % run.log_every == 0 or step == 1 or self._over
-        show.update(self._progress, line, logged=logged)
+        show.update(self._share, line, logged=logged)
         if log is not None and logged:
             log.write(line)
         if self.on_step is not None and self.world.is_main:

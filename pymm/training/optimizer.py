@@ -96,11 +96,29 @@ def load_optimizer_state(
         optimizer.state[p] = {m: state[f"{m}.{name}"].to(p.device).clone() for m in MOMENTS}
 
 
-def progress(step: int, elapsed_s: float, settings: ScheduleSettings) -> float:
+def share_done(step: int, elapsed_s: float, settings: ScheduleSettings) -> float:
     """The share of the run that is over, in [0, 1]: by steps or by time, whichever is more."""
-    by_steps = step / settings.steps if settings.steps is not None else 0.0
-    by_time = elapsed_s / settings.max_seconds if settings.max_seconds is not None else 0.0
-    return min(1.0, max(by_steps, by_time))
+    return min(1.0, max(_by_steps(step, settings), _by_time(elapsed_s, settings)))
+
+
+def progress(step: int, elapsed_s: float, settings: ScheduleSettings) -> float:
+    r"""Where the learning rate is on its way, in [0, 1].
+
+    By steps alone where there is no time budget, by time alone where there is no number of steps. With both
+    it is :math:`\max(s, 2t - 1)` for the shares s of steps and t of time: a run that keeps ahead of its
+    budget is driven by its steps and repeats bit for bit; one that would be cut off comes down in time, in
+    the second half of the budget.
+    """
+    by_steps, by_time = _by_steps(step, settings), _by_time(elapsed_s, settings)
+    return min(1.0, max(by_steps, by_time if settings.steps is None else 2 * by_time - 1))
+
+
+def _by_steps(step: int, settings: ScheduleSettings) -> float:
+    return step / settings.steps if settings.steps is not None else 0.0
+
+
+def _by_time(elapsed_s: float, settings: ScheduleSettings) -> float:
+    return elapsed_s / settings.max_seconds if settings.max_seconds is not None else 0.0
 
 
 def rate_factor(done: float, settings: ScheduleSettings) -> float:

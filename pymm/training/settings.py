@@ -26,7 +26,7 @@ def _require(ok: bool, key: str, expected: str, got: object) -> None:
 class ModelSettings:
     """Which model."""
 
-    name: str = "clip_tiny"
+    name: str = "clip_rn_tiny"
     """A name that `pymm list` knows."""
     image_size: int | None = None
     """Pixels per side; by default the model's own."""
@@ -165,8 +165,8 @@ class ScheduleSettings:
     steps: int | None = 1000
     """Optimizer steps; None leaves the end to `max_seconds`."""
     max_seconds: float | None = None
-    """Wall-clock budget. Progress is then the larger of the two shares used up, so the learning rate
-    depends on the machine's speed and the run does not repeat bit for bit."""
+    """Wall-clock budget. Where the steps do not fit into it, or none are given, time drives the learning
+    rate, which is down at the end all the same; such a run does not repeat bit for bit."""
     warmup: float = 0.05
     """Share of the run in which the learning rate rises."""
     floor: float = 0.0

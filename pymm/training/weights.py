@@ -98,7 +98,8 @@ class Average:
               \quad d_t = \min(d, (1 + t) / (10 + t))
 
     The small decays at the start let the average forget the random initial weights (as TensorFlow's
-    ExponentialMovingAverage does with its `num_updates`). Buffers are copied.
+    ExponentialMovingAverage does with its `num_updates`). Running statistics are averaged as well, for they
+    have to fit the averaged weights; counts are copied.
 
     Args:
         weights: what to average.
@@ -107,16 +108,18 @@ class Average:
 
     def __init__(self, weights: Weights, decay: float) -> None:
         self.weights, self.decay, self.updates = weights, decay, 0
-        self.state = {key: t.clone() for key, t in weights.state_dict().items()}
-        self._averaged = [key for key, t in self.state.items() if key in weights.trainable]
+        self.state = {
+            key: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+            for key, t in weights.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for key, t in self.weights.state_dict().items():
-            if key in self.weights.trainable:
-                self.state[key].lerp_(t, 1 - decay)
+            if t.is_floating_point():
+                self.state[key].lerp_(t.float(), 1 - decay)
             else:
                 self.state[key].copy_(t)
 

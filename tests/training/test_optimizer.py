@@ -20,6 +20,7 @@ from pymm.training.optimizer import (
     parameter_groups,
     progress,
     rate_factor,
+    share_done,
 )
 from pymm.training.settings import OptimizerSettings, ScheduleSettings
 from pymm.training.weights import Weights
@@ -94,12 +95,23 @@ def test_rate_by_steps() -> None:
     assert rate_factor(0.0, flat) == 1
 
 
-def test_progress_is_the_larger_share() -> None:
+def test_progress_by_steps_and_by_time() -> None:
     both = ScheduleSettings(steps=100, max_seconds=10.0)
-    assert progress(10, 5.0, both) == 0.5
-    assert progress(80, 5.0, both) == 0.8
-    assert progress(300, 0.0, both) == 1
-    assert progress(300, 2.5, ScheduleSettings(steps=None, max_seconds=10.0)) == 0.25
+    assert share_done(10, 5.0, both) == 0.5
+    assert share_done(80, 5.0, both) == 0.8
+    assert share_done(300, 0.0, both) == share_done(0, 11.0, both) == 1
+    assert progress(10, 5.0, both) == 0.1
+    assert progress(10, 9.0, both) == pytest.approx(0.8)
+    assert progress(10, 10.0, both) == progress(100, 1.0, both) == 1
+    by_time = ScheduleSettings(steps=None, max_seconds=10.0)
+    assert progress(300, 2.5, by_time) == share_done(300, 2.5, by_time) == 0.25
+
+
+def test_a_run_ahead_of_its_budget_is_driven_by_steps_alone() -> None:
+    both, steps_only = ScheduleSettings(steps=100, max_seconds=10.0), ScheduleSettings(steps=100)
+    for step in range(100):
+        elapsed = 0.5 + 9.0 * step / 100  # half a second to begin with, and 9.5 of 10 in all
+        assert progress(step, elapsed, both) == progress(step, 0.0, steps_only)
 
 
 def test_time_budget_ends_the_run(tmp_path: Path) -> None:
@@ -112,6 +124,18 @@ def test_time_budget_ends_the_run(tmp_path: Path) -> None:
     rates = [line["learning_rate"] for line in lines]
     assert max(rates) <= 3e-3
     assert rates[-1] < 0.1 * max(rates)
+
+
+def test_a_budget_that_is_too_short_brings_the_rate_down(tmp_path: Path) -> None:
+    given = settings(tmp_path, schedule={"steps": 100_000, "max_seconds": 1.0, "warmup": 0.0})
+    lines: list[dict[str, float]] = []
+    result = fit(given, on_step=lines.append)
+    assert result.status == "completed"
+    assert 12 < result.step < 100_000
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[0] == 3e-3
+    assert rates[-1] < 3e-4
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_clipping_and_its_norm() -> None:
