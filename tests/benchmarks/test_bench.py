@@ -58,6 +58,7 @@ def test_no_ratio_for_a_wrong_result(
         return OP.function(x, y) * (1.0 if x.dtype == torch.float64 else 1.01)
 
     wrong = dataclasses.replace(OP, function=cosine_similarity, workloads=lambda: [SMALL])
+    monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setitem(ops.REGISTRY, OP.name, wrong)
     assert run(settings()) == 1
     assert "wrong" in capsys.readouterr().out
