@@ -296,7 +296,7 @@ def _over(x: Tensor, under: Tensor) -> Tensor:
     """Premultiplied `(B, 4, h, w)` on a colour `(B or 1, 3)`; `(B, 3, h, w)` as it is."""
     if x.shape[1] == 3:
         return x
-    return torch.addcmul(x[:, :3], 1 - x[:, 3:] / 255, under[:, :, None, None])
+    return torch.addcmul(x[:, :3], 255 - x[:, 3:], under[:, :, None, None] / 255)
 
 
 def _to_bytes(x: Tensor) -> Tensor:
@@ -304,5 +304,5 @@ def _to_bytes(x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, mean: RGB, std: RGB) -> Tensor:
-    m = 255 * torch.tensor(mean).view(3, 1, 1)
-    return (x - m) / (255 * torch.tensor(std).view(3, 1, 1))
+    """Of a float tensor that nobody else holds: it is overwritten."""
+    return x.sub_(255 * torch.tensor(mean).view(3, 1, 1)).div_(255 * torch.tensor(std).view(3, 1, 1))

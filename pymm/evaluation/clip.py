@@ -42,9 +42,13 @@ def evaluate_clip(
         `text_to_image`. A part without images is left out.
 
     Raises:
-        ValueError: when there is no batch, or a feature is not finite.
+        ValueError: when there is no batch, the loader would leave samples out, or a feature is not finite.
     """
-    images = encode_images(model, batches.epoch(0) if isinstance(batches, ImageTextLoader) else batches)
+    if isinstance(batches, ImageTextLoader):
+        if batches.drop_last:
+            raise ValueError("evaluate_clip: batches must be a loader with drop_last=False, got True")
+        batches = batches.epoch(0)
+    images = encode_images(model, batches)
     concepts: dict[int, tuple[str, bool]] = {}
     for id_, key, caption in zip(images.ids.tolist(), images.keys, images.captions, strict=True):
         concepts.setdefault(id_, (caption, key in unseen))

@@ -52,7 +52,9 @@ class Attention(nn.Module):
             `(B, T, C)`.
         """
         b, t, c = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).view(b, t, 3, self.heads, c // self.heads)
+        # Taken apart in this order, the three gradients come together in one copy that the product can read.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         y = attention(q, k, v, attn_mask, is_causal=is_causal, key_padding_mask=key_padding_mask)
         assert isinstance(y, Tensor)
         return self.proj(y.transpose(1, 2).reshape(b, t, c), residual)

@@ -74,8 +74,9 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2).mT  # (B, N, C)
         x = torch.cat([x.mean(1, keepdim=True), x], 1)
         x = x + resample_position(self.position, (h, w), prefix=1)
-        q = self.q(x[:, :1]).view(b, 1, self.heads, -1).transpose(1, 2)
-        k, v = self.kv(x).view(b, h * w + 1, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        d = c // self.heads
+        q = self.q(x[:, :1]).view(b, 1, self.heads, d).transpose(1, 2)
+        k, v = (part.transpose(1, 2) for part in self.kv(x).view(b, h * w + 1, 2, self.heads, d).unbind(2))
         y = attention(q, k, v)
         assert isinstance(y, Tensor)
         return y.reshape(b, c)

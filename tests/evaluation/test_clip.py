@@ -87,3 +87,8 @@ def test_the_embedded_pack_with_a_model_that_knows_nothing() -> None:
     for part in found.values():
         assert part["chance_r1"] == pytest.approx(1 / part["candidates"])
         assert part["r1"] < 0.05
+
+
+def test_a_loader_that_leaves_samples_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="batches must be a loader with drop_last=False"):
+        evaluate_clip(Random(CAPTIONS.vocab_size), CAPTIONS, loader("emoji:noto", drop_last=True))

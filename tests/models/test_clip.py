@@ -16,6 +16,7 @@ from pymm.models.clip import build
 from pymm.models.resnet import ResNetTower
 from pymm.models.text import TextTower, trim
 from pymm.models.vit import ViTTower
+from pymm.ops import info_nce
 
 TEXT = TextTower(32, 2, 2, context_length=9, vocab_size=50)
 VIT = CLIPSpec("vit", ViTTower(24, 8, 32, 2, 2, 64), TEXT, 16, "gelu", 0, "test")
@@ -78,6 +79,12 @@ def test_gradients_reach_every_parameter(row: CLIPSpec) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@BOTH
+def test_empty_batch(row: CLIPSpec) -> None:
+    image, text, _ = build(row).eval()(*(t[:0] for t in inputs(row)))
+    assert image.shape == text.shape == (0, 16)
 
 
 def test_tokens_after_the_end_do_not_matter() -> None:
@@ -279,3 +286,19 @@ def test_names_are_stable() -> None:
     resnet = set(build(RN).visual.state_dict())
     assert {"stem.conv1.weight", "stages.0.0.downsample.conv.weight", "pool.kv.weight", "head.bias"} <= resnet
     assert all(name in names or name.startswith("visual.") for name in build(RN).state_dict())
+
+
+@BOTH
+def test_learns_pairs_by_heart(row: CLIPSpec) -> None:
+    model = build(row)
+    pixels, tokens = inputs(row, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(25):
+        value = info_nce(*model(pixels, tokens))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.3
