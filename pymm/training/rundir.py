@@ -56,19 +56,41 @@ def open_run(directory: Path, settings: Any) -> Iterator[None]:
 
     Raises:
         SettingsError: as `check_settings`.
-        TrainingError: when another process trains in it.
+        TrainingError: when another process, or this one, trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(f"{directory}: another process is training in it") from error
+    with _held(directory):
         if checkpoints_of(directory).is_dir():
             remove_leftovers(checkpoints_of(directory))
         check_settings(directory, settings)
         write_atomically(directory / SETTINGS, to_json(settings).encode())
         yield
+
+
+_HELD: set[Path] = set()
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """A lock that ends with this process.
+
+    A POSIX lock, as the loader's workers must not inherit it: they outlive a killed run for seconds, in
+    which it could not be started again. Such a lock does not hold off its own process, and ends when that
+    closes the file.
+    """
+    key, taken = directory.resolve(), TrainingError(f"{directory}: another process is training in it")
+    if key in _HELD:
+        raise taken
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise taken from error
+        _HELD.add(key)
+        try:
+            yield
+        finally:
+            _HELD.remove(key)
 
 
 def export_weights(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pymm.training import rundir
 from pymm.training.checkpoint import list_checkpoints
 from pymm.training.errors import CheckpointError, SettingsError, TrainingError
 from pymm.training.log import read_log
@@ -197,8 +198,41 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
         if line["step"] == 2:
             with pytest.raises(TrainingError, match="another process is training"):
                 fit(settings(tmp_path))
+        if line["step"] == 3:  # that attempt has not let go of the lock
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    rundir._HELD.clear()  # another process does not know what this one holds
+                    with rundir.open_run(tmp_path, settings(tmp_path)):
+                        pass
+                except TrainingError:
+                    code = 42
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
 
     fit(settings(tmp_path), on_step=second)
+
+
+def test_the_workers_of_a_killed_run_do_not_keep_its_directory(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with rundir.open_run(tmp_path, settings(tmp_path)):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.write(write, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    worker = int(os.read(read, 100))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    try:
+        os.kill(worker, 0)  # it is still there
+        assert fit(settings(tmp_path)).status == "completed"
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_completed_run_gives_its_result_again(tmp_path: Path) -> None:
