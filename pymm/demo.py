@@ -6,9 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from pymm.training.settings import (
     AugmentSettings,
@@ -36,7 +34,7 @@ QUERIES, SHOWN = 6, 5
 class DemoSettings:
     """Train on Twemoji and Fluent, and name Noto's emoji, a style that was never seen."""
 
-    out: Annotated[str, tyro.conf.arg(aliases=["--out"])] = "runs/demo"
+    out: str = "runs/demo"
     """Receives the run, metrics.json, loss.png and retrievals.png."""
     seed: int = 0
     """Of everything random."""
@@ -64,16 +62,16 @@ def recipe(settings: DemoSettings) -> ClipSettings:
             captions=("name",),
             holdout=0.1,
             augment=AugmentSettings(
-                crop_scale=(0.8, 1.0),
-                crop_ratio=(0.9, 1.1),
-                rotate=10,
-                translate=0.06,
-                zoom=(0.85, 1.15),
+                crop_scale=(0.7, 1.0),
+                crop_ratio=(0.85, 1.18),
+                rotate=15,
+                translate=0.08,
+                zoom=(0.8, 1.25),
                 brightness=0.2,
                 contrast=0.2,
-                saturation=0.3,
-                hue=0.04,
-                grayscale=0.05,
+                saturation=0.4,
+                hue=0.06,
+                grayscale=0.1,
                 background="random",
             ),
         ),

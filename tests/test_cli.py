@@ -164,7 +164,7 @@ def test_settings_from_a_file_are_defaults(
     assert capsys.readouterr().err == f"pymm: {path}: unknown key model.nam; nearest: model.name\n"
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS[:3], ids=lambda c: " ".join(c.words))
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda c: " ".join(c.words))
 def test_commands_take_one_dataclass(command: cli.Command) -> None:
     """The parts that other files hold keep to the contract by which the command line calls them."""
     module, _, name = command.target.partition(":")

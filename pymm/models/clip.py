@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymm.models import resnet, text, vit
-from pymm.models.resnet import ResNet, ResNetTower
+from pymm.models.resnet import ResNet, ResNetTower, SmallResNetTower
 from pymm.models.text import TextTower, TextTransformer
 from pymm.models.vit import VisionTransformer, ViTTower
 from pymm.ops._checks import fail
@@ -158,7 +158,7 @@ class CLIPSpec:
     """A row: sizes, and where they are written. `parameters` counts those of the row as it stands."""
 
     name: str
-    image: ViTTower | ResNetTower
+    image: ViTTower | ResNetTower | SmallResNetTower
     text: TextTower
     embed: int
     activation: Activation
@@ -181,6 +181,8 @@ def build(spec: CLIPSpec) -> CLIP:
     visual: VisionTransformer | ResNet
     if isinstance(spec.image, ViTTower):
         visual = vit.build_tower(spec.image, spec.embed, spec.activation, spec.mean, spec.std)
+    elif isinstance(spec.image, SmallResNetTower):
+        visual = resnet.build_small_tower(spec.image, spec.embed, spec.mean, spec.std)
     else:
         visual = resnet.build_tower(spec.image, spec.embed, spec.mean, spec.std)
     return CLIP(

@@ -149,6 +149,21 @@ class TripleStem(nn.Module):
         return F.avg_pool2d(x, 2)
 
 
+class SmallStem(nn.Module):
+    """A 3×3 convolution: `(B, 3, H, W)` -> `(B, C, H/2, W/2)`, for pictures of few pixels.
+
+    The stem that He et al. 2016 use for CIFAR-10 (arXiv:1512.03385, sec. 4.2), with a stride of two.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, 2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
 def _stages(
     block: Callable[[int, int, int], nn.Module], depths: tuple[int, ...], width: int, expansion: int
 ) -> nn.ModuleList:
@@ -225,6 +240,35 @@ class ResNetTower:
     image_size: int
     depths: tuple[int, int, int, int]
     width: int
+
+
+@dataclass(frozen=True)
+class SmallResNetTower:
+    """Sizes of a residual network of basic blocks, for pictures of few pixels, inside a CLIP row."""
+
+    image_size: int
+    depths: tuple[int, int, int, int]
+    width: int
+
+
+def build_small_tower(
+    tower: SmallResNetTower, embed: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ResNet:
+    """An image tower for small pictures: one convolution as stem, basic blocks, the mean, a projection."""
+    features = tower.width * 8
+    model = ResNet(
+        Normalize(mean, std),
+        SmallStem(tower.width),
+        _stages(basic_block, tower.depths, tower.width, 1),
+        MeanMap(),
+        Linear(features, embed, bias=False),
+        image_size=tower.image_size,
+        num_features=features,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 def build_tower(tower: ResNetTower, embed: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ResNet:
