@@ -14,6 +14,7 @@ from pymm.training.settings import (
     DataSettings,
     EvaluationSettings,
     ModelSettings,
+    ObjectiveSettings,
     OptimizerSettings,
     RunSettings,
     ScheduleSettings,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 TRAINED, UNSEEN_STYLE = "emoji:twemoji,fluent", "emoji:noto"
 MODEL = "clip_rn_tiny"
-STEPS, QUICK_STEPS = 1100, 3
+STEPS, QUICK_STEPS = 1250, 3
 QUERIES, SHOWN = 6, 5
 
 
@@ -62,20 +63,21 @@ def recipe(settings: DemoSettings) -> ClipSettings:
             captions=("name",),
             holdout=0.1,
             augment=AugmentSettings(
-                crop_scale=(0.7, 1.0),
-                crop_ratio=(0.85, 1.18),
-                rotate=15,
-                translate=0.08,
-                zoom=(0.8, 1.25),
-                brightness=0.2,
-                contrast=0.2,
-                saturation=0.4,
-                hue=0.06,
-                grayscale=0.1,
+                crop_scale=(0.65, 1.0),
+                crop_ratio=(0.8, 1.25),
+                rotate=20,
+                translate=0.1,
+                zoom=(0.75, 1.3),
+                brightness=0.35,
+                contrast=0.35,
+                saturation=0.6,
+                hue=0.15,
+                grayscale=0.2,
                 background="random",
             ),
         ),
-        optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.1),
+        objective=ObjectiveSettings(label_smoothing=0.1),
+        optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.3, ema=0.99),
         schedule=ScheduleSettings(steps=steps, max_seconds=settings.max_seconds),
         evaluation=EvaluationSettings(source=(UNSEEN_STYLE,)),
         run=RunSettings(
