@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from pymm import ops
 from pymm.benchmarks.measure import measure, overhead
-from pymm.ops._extension import EXTENSION
+from pymm.ops._machine import machine
 
 FORMAT = 1  # of the JSON file
 
@@ -67,7 +66,7 @@ def run(settings: BenchSettings) -> int:
             rows.append(measure(op, workload, settings.seconds, settings.compiled))
     result = {
         "format": FORMAT,
-        "machine": machine(),
+        "machine": {"date": time.strftime("%Y-%m-%d"), **machine()},
         "workloads": rows,
         "overhead": {op.name: overhead(op) for op in chosen},
     }
@@ -77,22 +76,6 @@ def run(settings: BenchSettings) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(row["correct"] is False for row in rows))
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "instruction_set": EXTENSION.isa() if EXTENSION is not None else None,
-    }
 
 
 def _ratio(row: dict[str, Any], times: dict[str, Any], other: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pymm import ops
 from pymm.ops._record import Op, Workload
+from pymm.ops._tolerance import allowed, error
 
 Call = Callable[[], Any]
 # Above this many elements of the product, the float64 reference would not fit a small machine.
@@ -130,14 +131,14 @@ def _check(op: Op, workload: Workload, args: tuple[Any, ...], kwargs: dict[str, 
         truth = _results(op, op.function, *_leaves(args, kwargs, torch.float64))
         plain = _results(op, op.eager or op.function, *_leaves(args, kwargs))
     got = _results(op, op.function, *_leaves(args, kwargs))
-    worst, allowed = max(
+    worst, bound = max(
         (
-            (_error(g, t), _allowed(op, workload.dtype, p, t))
+            (error(g, t), allowed(op.tolerance, workload.dtype, p, t))
             for g, p, t in zip(got, plain, truth, strict=True)
         ),
         key=lambda pair: pair[0] / pair[1],
     )
-    return {"error": worst, "allowed": allowed, "correct": worst <= allowed}
+    return {"error": worst, "allowed": bound, "correct": worst <= bound}
 
 
 def _results(
@@ -151,20 +152,6 @@ def _results(
     cotangent = torch.randn(out.shape, generator=generator).to(out)
     gradients = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
     return [out.detach(), *(g for g in gradients if g is not None)]
-
-
-def _error(got: Tensor, truth: Tensor) -> float:
-    if got.numel() == 0:
-        return 0.0
-    difference = (got.double() - truth.double()).abs().max().item()
-    return difference / max(truth.double().abs().max().item(), 1e-3)
-
-
-def _allowed(op: Op, dtype: torch.dtype, plain: Tensor, truth: Tensor) -> float:
-    """As in the op's tests: the record's tolerance, or twice the error of plain torch at that type."""
-    if dtype in op.tolerance:
-        return op.tolerance[dtype]
-    return 2 * max(_error(plain, truth), torch.finfo(dtype).eps / 2)
 
 
 def _limits(

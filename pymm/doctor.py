@@ -13,6 +13,7 @@ import torch
 from pymm import __version__, ops
 from pymm.ops import _gpu
 from pymm.ops._extension import EXTENSION, PROBLEM
+from pymm.ops._machine import processor
 
 # What each optional module is for, and the command that brings it.
 OPTIONAL = {
@@ -70,15 +71,6 @@ def served(name: str) -> ops.Explanation:
     op = ops.REGISTRY[name]
     sample = next(iter(op.samples(torch.float32)))
     return ops.explain(op.function, *sample.args, **sample.kwargs)
-
-
-def processor() -> str:
-    """The processor's name, as Linux tells it, else what Python knows."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _gpu_state() -> dict[str, Any]:

@@ -16,8 +16,6 @@ from pymm.ops._extension import require_extension
 from pymm.ops._record import REGISTRY, Op, Sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# An error is relative to the largest element of the truth, or to this where the truth is nearly zero.
-FLOOR = 1e-3
 
 
 def samples(op: Op, dtype: torch.dtype) -> list[Sample]:
@@ -116,26 +114,6 @@ def run(
             )
             gradients = dict(zip(leaves, found, strict=True))
     return Result(tuple(o.detach() for o in outputs), {f"gradient of {k}": g for k, g in gradients.items()})
-
-
-def error(got: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest element; infinite when shapes or non-finite elements differ."""
-    if got.shape != truth.shape:
-        return float("inf")
-    if got.numel() == 0:
-        return 0.0
-    if not got.is_floating_point():
-        return 0.0 if torch.equal(got, truth.to(got.dtype)) else float("inf")
-    a, b = got.double(), truth.double()
-    in_range = truth.to(got.dtype).double()  # what the type cannot hold is an infinity there
-    finite = in_range.isfinite()
-    if not torch.equal(a[~finite], in_range[~finite]):
-        return float("inf")
-    a, b = a[finite], b[finite]
-    if b.numel() == 0:
-        return 0.0
-    difference = (a - b).abs().max().item()
-    return difference / max(b.abs().max().item(), FLOOR) if difference == difference else float("inf")
 
 
 class Recorder(TorchDispatchMode):

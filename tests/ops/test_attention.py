@@ -16,7 +16,8 @@ from pymm import ops
 from pymm.ops import attention
 from pymm.ops._attention_reference import philox
 from pymm.ops._extension import EXTENSION
-from tests.ops.harness import error, instruction_set
+from pymm.ops._tolerance import error
+from tests.ops.harness import instruction_set
 
 ISAS = EXTENSION.available_isas() if EXTENSION is not None else []
 every_isa = pytest.mark.parametrize("isa", ISAS)

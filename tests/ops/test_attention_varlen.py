@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pymm import ops
 from pymm.ops import attention, attention_varlen
-from tests.ops.harness import error
+from pymm.ops._tolerance import error
 from tests.ops.test_attention import gradients
 
 LENGTHS_Q, LENGTHS_K = (5, 0, 130, 1, 64), (300, 3, 0, 1, 64)

@@ -9,12 +9,12 @@ from torch import Tensor
 from pymm import ops
 from pymm.ops._extension import EXTENSION, require_extension
 from pymm.ops._record import REGISTRY
+from pymm.ops._tolerance import allowed, error
 from tests.ops.harness import (
     DTYPES,
     Recorder,
     Result,
     cases,
-    error,
     instruction_set,
     run,
     sample_of,
@@ -28,19 +28,15 @@ GRADCHECK_ELEMENTS = 20_000
 
 def _bounds(op, sample, dtype: torch.dtype, truth: Result) -> dict[str, float]:
     """The error allowed for each output and gradient."""
-    if dtype in op.tolerance:
-        return dict.fromkeys(truth.named(), op.tolerance[dtype])
-    try:
-        plain = run(op, sample, function=op.eager, backend="reference")
-    except NotImplementedError:
-        plain = run(op, sample, backend="reference")
-    rounding = torch.finfo(dtype).eps / 2  # plain torch rounds its result once at least; less is luck
-    bounds = {}
-    for name, value in truth.named().items():
-        other = plain.named().get(name)
-        measured = error(other, value) if value is not None and other is not None else 0.0
-        bounds[name] = 2 * max(measured if measured < 0.5 else 0.0, rounding)
-    return bounds
+    plain: dict[str, Tensor | None] = {}
+    if dtype not in op.tolerance:
+        try:
+            plain = run(op, sample, function=op.eager, backend="reference").named()
+        except NotImplementedError:
+            plain = run(op, sample, backend="reference").named()
+    return {
+        name: allowed(op.tolerance, dtype, plain.get(name), value) for name, value in truth.named().items()
+    }
 
 
 def check(op, sample, dtype: torch.dtype, truth: Result, got: Result) -> None:
