@@ -1,9 +1,10 @@
-// pymm._C: loads the registrations of the C++ kernels and tells about the build. Nothing else is bound here; the
-// kernels themselves are reached through torch's dispatcher.
+// pymm._C: loads the registrations of the C++ kernels, tells about the build and knows the machine's arithmetic limit.
+// Nothing else is bound here; the kernels themselves are reached through torch's dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/peak.h"
 
 namespace py = pybind11;
 
@@ -19,6 +20,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &pymm::compiled_isas, "The instruction sets that were compiled, lowest first.");
   m.def("set_isa", &pymm::set_isa, py::arg("name"),
         "Pin an instruction set by name; ValueError when it is unknown or the machine cannot run it.");
+  m.def("peak_operations", &pymm::peak_operations, py::arg("dtype"), py::arg("steps"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Run `steps` rounds of a loop of multiply-adds in registers on every thread; returns the operations done.");
   m.def(
       "build_info",
       [] {
