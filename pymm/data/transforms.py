@@ -28,6 +28,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 CHUNK = 64
+# Settings of TrainTransform between 0 and 1.
+SHARES = ("flip", "jitter", "brightness", "contrast", "saturation", "grayscale", "random_background")
 RGB = tuple[float, float, float]
 Range = tuple[float, float]
 
@@ -119,7 +121,9 @@ class TrainTransform:
         brightness, contrast, saturation: the factor is drawn from [1 − v, 1 + v], v in [0, 1].
         hue: largest turn of the colour circle either way, in whole turns, in [0, 0.5].
         grayscale: probability of losing all colour.
-        background: colour under transparent pixels; `"random"`: another one for each image.
+        background: colour under transparent pixels.
+        random_background: probability of another colour there, any one. Short of 1, the background that
+            evaluation uses stays among those trained on.
         mean, std, output: as in `EvalTransform`.
     """
 
@@ -136,7 +140,8 @@ class TrainTransform:
     saturation: float = 0.0
     hue: float = 0.0
     grayscale: float = 0.0
-    background: tuple[int, int, int] | Literal["random"] = WHITE
+    background: tuple[int, int, int] = WHITE
+    random_background: float = 0.0
     mean: RGB = CLIP_MEAN
     std: RGB = CLIP_STD
     output: Literal["float32", "uint8"] = "float32"
@@ -153,7 +158,7 @@ class TrainTransform:
                 fail(where, name, "a rising range of positive numbers", value)
         if self.crop_scale[1] > 1:
             fail(where, "crop_scale", "at most 1", self.crop_scale)
-        for name in ("flip", "jitter", "brightness", "contrast", "saturation", "grayscale"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 fail(where, name, "in [0, 1]", getattr(self, name))
         if not 0 <= self.hue <= 0.5:
@@ -161,8 +166,6 @@ class TrainTransform:
         for name in ("rotate", "translate"):
             if getattr(self, name) < 0:
                 fail(where, name, "at least 0", getattr(self, name))
-        if isinstance(self.background, str) and self.background != "random":
-            fail(where, "background", 'a colour or "random"', repr(self.background))
 
     def reduce(self, image: Image.Image) -> Image.Image:
         """Shrink so far that the smallest crop still has `size` pixels across, and no further."""
@@ -174,7 +177,7 @@ class TrainTransform:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def __call__(self, images: Tensor | Sequence[Image.Image], generator: torch.Generator) -> Tensor:
-        table = torch.rand(len(images), 18, generator=generator)
+        table = torch.rand(len(images), 19, generator=generator)
         # A few images at a time: what is between the steps stays in the cache.
         parts = [
             self._some(images[i : i + CHUNK], table[i : i + CHUNK]) for i in range(0, len(images), CHUNK)
@@ -193,10 +196,9 @@ class TrainTransform:
                 for image, box in zip(images, boxes.tolist(), strict=True)
             ]
             x = self._placed(_to_tensor(crops), table, None)
-        if self.background == "random":
-            under = 255 * table[:, 15:18]
-        else:
-            under = torch.tensor([self.background], dtype=torch.float32)
+        under = torch.tensor([self.background], dtype=torch.float32)
+        if self.random_background > 0:
+            under = torch.where(table[:, 18:] < self.random_background, 255 * table[:, 15:18], under)
         x = self._coloured(_over(x, under), table)
         return _to_bytes(x) if self.output == "uint8" else _normalized(x, self.mean, self.std)
 

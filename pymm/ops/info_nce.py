@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.ops._checks import autocast, check_device, check_same, check_shape, fail, shape
-from pymm.ops._contrastive import as_scalar, through_unit, unit
+from pymm.ops._contrastive import as_scalar
 from pymm.ops._dispatch import call
+from pymm.ops._info_nce_reference import backward_reference, hard_targets, reference, statistics_type
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
 
 NAME = "info_nce"
@@ -146,134 +147,11 @@ def _check_ids(ids: Tensor | None, x: Tensor) -> Tensor | None:
     return ids.to(torch.int64)
 
 
-def _hard_targets(rows: int, columns: int, ids: Tensor | None, like: Tensor) -> Tensor:
-    """`(rows, columns)`: the positives among the first `rows` candidates, with equal weight."""
-    if ids is None:
-        return torch.eye(rows, columns, dtype=like.dtype, device=like.device)
-    same = (ids[:, None] == ids[None, :]).to(like.dtype)
-    return F.pad(same / same.sum(1, keepdim=True), (0, columns - rows))
-
-
-def _side(
-    x: Tensor,
-    candidates: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor | None,
-    teacher: Tensor | None,
-    teacher_candidates: Tensor | None,
-    label_smoothing: float,
-    alpha: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits `(N, C)`, targets `(N, C)` and the teacher's logits of one direction."""
-    cosines = x @ candidates.mT
-    columns = max(candidates.shape[0], 1)
-    targets = _hard_targets(x.shape[0], candidates.shape[0], ids, x)
-    teacher_logits = None
-    if teacher is not None and teacher_candidates is not None:
-        teacher_logits = logit_scale.detach() * (teacher @ teacher_candidates.mT)
-        targets = alpha * teacher_logits.softmax(1) + (1 - alpha) * targets
-    if label_smoothing:
-        targets = (1 - label_smoothing) * targets + label_smoothing / columns
-    return logit_scale * cosines, targets, teacher_logits
-
-
-def _sides(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    negatives_x: Tensor | None,
-    negatives_y: Tensor | None,
-    ids: Tensor | None,
-    teacher_x: Tensor | None,
-    teacher_y: Tensor | None,
-    normalize: bool,
-    symmetric: bool,
-    label_smoothing: float,
-    alpha: float,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
-    """Per direction: rows, candidates, logits, targets and the teacher's logits."""
-
-    def units(*parts: Tensor | None) -> Tensor | None:
-        present = [unit(t, normalize)[0] for t in parts if t is not None]
-        return torch.cat(present) if present else None
-
-    ways = [(x, y, negatives_y, teacher_x, teacher_y), (y, x, negatives_x, teacher_y, teacher_x)]
-    for a, b, negatives, teacher_a, teacher_b in ways[: 2 if symmetric else 1]:
-        rows, candidates = cast(Tensor, units(a)), cast(Tensor, units(b, negatives))
-        teacher = units(teacher_a)
-        teacher_candidates = None if teacher is None else units(teacher_b, negatives)
-        yield (
-            rows,
-            candidates,
-            *_side(rows, candidates, logit_scale, ids, teacher, teacher_candidates, label_smoothing, alpha),
-        )
-
-
-def _reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    losses, statistics, teacher_statistics = [], [], []
-    for _, _, logits, targets, teacher_logits in _sides(x, *rest):
-        lse = logits.logsumexp(1)
-        losses.append(lse - (targets * logits).sum(1))
-        statistics.append(lse)
-        if teacher_logits is not None:
-            teacher_statistics.append(teacher_logits.logsumexp(1))
-    lse = torch.stack(statistics + teacher_statistics)
-    return torch.stack(losses).mean(0), lse.to(_statistics_type(x))
-
-
-def _statistics_type(x: Tensor) -> torch.dtype:
-    """A log-sum-exp near 100 would cost a probability five digits in float32."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     teacher, symmetric = rest[5], rest[8]
     acc = torch.promote_types(x.dtype, torch.float32)
     rows = (2 if symmetric else 1) * (1 if teacher is None else 2)
-    return x.new_empty(x.shape[:1], dtype=acc), x.new_empty((rows, x.shape[0]), dtype=_statistics_type(x))
-
-
-def _backward_reference(
-    dlosses: Tensor,
-    lse: Tensor,
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    negatives_x: Tensor | None,
-    negatives_y: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    # `lse` is left alone: recomputed from the arguments, this function has their full second derivatives.
-    options, needs = rest[:-1], rest[-1]
-    normalize, symmetric = options[3], options[4]
-    n = x.shape[0]
-    weights = (dlosses / 2 if symmetric else dlosses)[:, None]
-    features = {"x": x, "y": y, "nx": negatives_x, "ny": negatives_y}
-    sums: dict[str, Tensor] = {}
-    dscale = torch.zeros_like(logit_scale)
-
-    def add(name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
-
-    sides = _sides(x, y, logit_scale, negatives_x, negatives_y, *options)
-    for (rows, candidates, logits, targets, _), names in zip(
-        sides, (("x", "y", "ny"), ("y", "x", "nx")), strict=False
-    ):
-        dlogits = weights * (logits.softmax(1) - targets)
-        dscale = dscale + (dlogits * (rows @ candidates.mT)).sum()
-        dcandidates = logit_scale * (dlogits.mT @ rows)
-        add(names[0], logit_scale * (dlogits @ candidates))
-        add(names[1], dcandidates[:n])
-        add(names[2], dcandidates[n:].clone())  # results of an op share no memory
-
-    def gradient(name: str, needed: bool) -> Tensor:
-        source = features[name]
-        if not needed or source is None:
-            return x.new_empty((0, x.shape[1]))
-        return through_unit(sums[name], source, normalize)
-
-    dx, dy, dnx, dny = (gradient(name, needs[i]) for name, i in (("x", 0), ("y", 1), ("nx", 3), ("ny", 4)))
-    return dx, dy, dscale, dnx, dny
+    return x.new_empty(x.shape[:1], dtype=acc), x.new_empty((rows, x.shape[0]), dtype=statistics_type(x))
 
 
 def _backward_fake(
@@ -395,7 +273,7 @@ def _eager(
         logits = logit_scale * prepared(a) @ prepared(b, negatives).T
         targets = torch.arange(a.shape[0], device=a.device)
         if ids is not None or ta is not None:
-            hard = _hard_targets(a.shape[0], logits.shape[1], ids, logits)
+            hard = hard_targets(a.shape[0], logits.shape[1], ids, logits)
             targets = hard
             if ta is not None:
                 with torch.no_grad():
@@ -439,11 +317,11 @@ OP = register(
     Op(
         name=NAME,
         function=info_nce,
-        forward=Kernel(f"({_ARGUMENTS}) -> (Tensor, Tensor)", _reference, _fake),
+        forward=Kernel(f"({_ARGUMENTS}) -> (Tensor, Tensor)", reference, _fake),
         backward=Kernel(
             f"(Tensor dlosses, Tensor lse, {_ARGUMENTS}, bool[] needs) "
             "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-            _backward_reference,
+            backward_reference,
             _backward_fake,
         ),
         setup_context=_setup_context,

@@ -60,8 +60,10 @@ class AugmentSettings:
     """Largest turn of the colour circle, in whole turns."""
     grayscale: float = 0.0
     """Probability of losing all colour."""
-    background: tuple[int, int, int] | Literal["random"] = (255, 255, 255)
-    """Colour under transparent pixels, or another one for each picture."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour under transparent pixels."""
+    random_background: float = 0.0
+    """Probability of another colour there, any one."""
 
 
 @dataclass(frozen=True)

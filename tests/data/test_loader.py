@@ -24,7 +24,7 @@ TRAIN = TrainTransform(
     saturation=0.4,
     hue=0.1,
     grayscale=0.2,
-    background="random",
+    random_background=1.0,
 )
 CAPTIONS = ["name_or_tags", "a picture of a {caption}", "{caption} or {tag}"]
 

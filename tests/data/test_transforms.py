@@ -126,7 +126,7 @@ def test_every_row_has_its_own_choices_and_the_generator_all_of_them() -> None:
         contrast=0.5,
         saturation=0.5,
         hue=0.3,
-        background="random",
+        random_background=1.0,
     )
     images = [image(20, 20, "RGBA")] * 130
     for source in (images, stacked(*images)):
@@ -204,12 +204,20 @@ def test_reduce_keeps_enough_for_the_smallest_crop() -> None:
 
 def test_random_backgrounds_differ_and_cover_the_cube() -> None:
     clear = [Image.new("RGBA", (4, 4), (9, 9, 9, 0))] * 200
-    out = TrainTransform(4, background="random", output="uint8")(clear, generator())
+    out = TrainTransform(4, random_background=1.0, output="uint8")(clear, generator())
     colours = out[:, :, 0, 0].float()
     assert (out == out[:, :, :1, :1]).all()
     assert colours.min() < 10
     assert colours.max() > 245
     assert (colours.mean(0) - 127).abs().max() < 20
+
+
+def test_the_share_of_random_backgrounds() -> None:
+    clear = [Image.new("RGBA", (4, 4), (9, 9, 9, 0))] * 400
+    plain = (1, 200, 3)
+    out = TrainTransform(4, background=plain, random_background=0.25, output="uint8")(clear, generator())
+    random = (out[:, :, 0, 0] != torch.tensor(plain, dtype=torch.uint8)).any(1)
+    assert 70 < random.sum() < 130
 
 
 # Colours
@@ -286,7 +294,7 @@ def test_jitter_leaves_alone_whom_it_should() -> None:
         ({"flip": 1.5}, r"flip must be in \[0, 1\]"),
         ({"hue": 0.6}, r"hue must be in \[0, 0.5\]"),
         ({"rotate": -1.0}, "rotate must be at least 0"),
-        ({"background": "white"}, 'background must be a colour or "random"'),
+        ({"random_background": 1.5}, r"random_background must be in \[0, 1\], got 1.5"),
         ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
         ({"output": "half"}, 'output must be "float32" or "uint8"'),
     ],

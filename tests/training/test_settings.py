@@ -22,7 +22,14 @@ def parse(*arguments: str) -> ClipSettings:
 def test_file_and_back(tmp_path: Path) -> None:
     given = parse(
         *("--model.image-size", "48", "--data.source", "a.tar", "b.tar", "--optimizer.betas", "0.8", "0.9"),
-        *("--data.augment.background", "random", "--schedule.steps", "None", "--schedule.max-seconds", "5"),
+        *(
+            "--data.augment.random-background",
+            "0.5",
+            "--schedule.steps",
+            "None",
+            "--schedule.max-seconds",
+            "5",
+        ),
         *("--precision", "bf16", "--out", "here", "--objective.no-use-ids"),
     )
     assert given.data.source == ("a.tar", "b.tar")
