@@ -1,9 +1,9 @@
-"""One workload, measured: pymm, eager, compiled, the bare GEMM and a copy, interleaved in one process."""
+"""One case, measured: checked against float64, timed among its peers and limits, its memory taken."""
 
 from __future__ import annotations
 
-import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,179 +12,227 @@ import torch
 from torch import Tensor
 
 from pymm import ops
-from pymm.ops._record import Op, Workload
-from pymm.ops._tolerance import allowed, error
+from pymm.benchmarks.cases import Case
+from pymm.benchmarks.check import Check, Kwargs, check, cotangent_of, error_of, leaves_of, outputs_of
+from pymm.benchmarks.limits import limits, operations
+from pymm.benchmarks.memory import peak_bytes
+from pymm.benchmarks.peers import Function, peers, reason_of
+from pymm.benchmarks.schema import PASSES, Contestant, Pass, Row
+from pymm.benchmarks.timing import Call, interleaved, timed, times
 
-Call = Callable[[], Any]
-# Above this many elements of the product, the float64 reference would not fit a small machine.
-CHECKED_ELEMENTS = 1 << 27
+CPU = torch.device("cpu")
+OURS = ("pymm", "eager", "compiled")  # they define the result; any other contestant is checked against it
 
 
 @dataclass(frozen=True)
-class Times:
-    """Milliseconds: the median and the 20th and 80th percentile."""
+class Options:
+    """How to measure.
 
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-
-
-def interleaved(calls: dict[str, Call], seconds: float, least: int = 5) -> dict[str, Times]:
-    """Time calls alternately, so that a drift of the machine meets all of them alike."""
-    for call in calls.values():
-        call()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(next(iter(taken.values()))) < least:
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            taken[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: _times(values) for name, values in taken.items()}
-
-
-def _times(values: list[float]) -> Times:
-    if len(values) == 1:
-        return Times(values[0], values[0], values[0])
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return Times(cuts[0], statistics.median(values), cuts[3])
-
-
-def measure(op: Op, workload: Workload, seconds: float, compiled: bool) -> dict[str, Any]:
-    """A row of the result: shapes, error and its bound, times, and the times of the limits.
-
-    `correct` is False when the result or a gradient is further from the float64 reference than the op's
-    tests allow, and None when the workload is too large to check; then no ratio is to be drawn from it.
+    Args:
+        seconds: for the rounds of one case; compiling and the check come on top.
+        compiled: measure torch.compile of eager and of some peers.
+        memory: measure peaks of memory.
+        device: where.
     """
-    torch.manual_seed(0)
-    args, kwargs = workload.make(workload.dtype)
+
+    seconds: float = 10.0
+    compiled: bool = True
+    memory: bool = True
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contestant before its race: its function, whether it has gradients, its forward error."""
+
+    function: Function
+    differentiable: bool
+    error: float | None
+    same: bool
+
+
+@dataclass(frozen=True)
+class First:
+    """What a first call shows; all that is known of one that outlasts its budget."""
+
+    seconds: float
+    peak_bytes: int | None
+    result_bytes: int
+
+
+def measure(case: Case, options: Options) -> Row:
+    """The row of a case. Whatever stops it is the row's `failure`; only an interruption is raised."""
     row: dict[str, Any] = {
-        "op": op.name,
-        "workload": workload.label,
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "backend": ops.explain(op.function, *args, **kwargs).backend,
+        "op": case.op,
+        "label": case.label,
+        "dtype": case.type,
+        "kind": case.kind,
+        "family": case.family,
+        "size": case.size,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    row |= _check(op, workload, args, kwargs)
-    functions: dict[str, Callable[..., Any]] = {"pymm": op.function}
-    if op.eager is not None:
-        functions["eager"] = op.eager
-        if compiled:
-            torch._dynamo.reset()
-            functions["compiled"] = torch.compile(op.eager)
-    limits = _limits(workload, args, kwargs)
-    forward = {name: _forward(f, args, kwargs) for name, f in functions.items()}
-    row["forward"] = _plain(interleaved({**forward, **limits(workload.gemms)}, seconds))
-    if op.backward is not None:
-        both = {name: _both(f, args, kwargs) for name, f in functions.items()}
-        count = workload.gemms + workload.gemms_backward
-        row["forward_backward"] = _plain(interleaved({**both, **limits(count)}, seconds))
-    return row
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Row(**row, **_measured(case, options))
+    except Exception as stopped:
+        return Row(**row, failure=reason_of(stopped))
 
 
-def _plain(times: dict[str, Times]) -> dict[str, dict[str, float]]:
-    return {name: dict(vars(t)) for name, t in times.items()}
-
-
-def _forward(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    def call() -> None:
-        with torch.no_grad():
-            function(*args, **kwargs)
-
-    return call
-
-
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
-    """The arguments, their floating tensors as leaves that require a gradient."""
-
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        return value.detach().to(dtype or value.dtype).requires_grad_()
-
-    args, kwargs = tuple(leaf(a) for a in args), {k: leaf(v) for k, v in kwargs.items()}
-    found = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
-    return args, kwargs, found
-
-
-def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, (tuple, list)) else result
-
-
-def _both(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    args, kwargs, leaves = _leaves(args, kwargs)
-    with torch.no_grad():
-        like = _first(function(*args, **kwargs))
-    cotangent = torch.randn_like(like, dtype=torch.float32).to(like.dtype)
-
-    def call() -> None:
-        out = _first(function(*args, **kwargs))
-        torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
-
-    return call
-
-
-def _check(op: Op, workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    m, n, _ = workload.gemm or (0, 0, 0)
-    if m * n > CHECKED_ELEMENTS:
-        return {"error": None, "allowed": None, "correct": None}
-    with ops.backend("reference"):
-        truth = _results(op, op.function, *_leaves(args, kwargs, torch.float64))
-        plain = _results(op, op.eager or op.function, *_leaves(args, kwargs))
-    got = _results(op, op.function, *_leaves(args, kwargs))
-    worst, bound = max(
-        (
-            (error(g, t), allowed(op.tolerance, workload.dtype, p, t))
-            for g, p, t in zip(got, plain, truth, strict=True)
-        ),
-        key=lambda pair: pair[0] / pair[1],
-    )
-    return {"error": worst, "allowed": bound, "correct": worst <= bound}
-
-
-def _results(
-    op: Op, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor]
-) -> list[Tensor]:
-    torch.manual_seed(1)
-    out = _first(function(*args, **kwargs))
-    if op.backward is None or not out.requires_grad:
-        return [out.detach()]
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(out.shape, generator=generator).to(out)
-    gradients = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
-    return [out.detach(), *(g for g in gradients if g is not None)]
-
-
-def _limits(
-    workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[int], dict[str, Call]]:
-    """The bare GEMM of one product, `count` times, and a copy of the bytes of the arguments."""
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    source = torch.empty(sum(t.numel() * t.element_size() for t in tensors), dtype=torch.uint8)
-    target = torch.empty_like(source)
-    operands: tuple[Tensor, Tensor] | None = None
-    if workload.gemm is not None:
-        m, n, k = workload.gemm
-        operands = torch.randn(m, k).to(workload.dtype), torch.randn(n, k).to(workload.dtype)
-
-    def limits(count: int) -> dict[str, Call]:
-        calls: dict[str, Call] = {"copy": lambda: target.copy_(source)}
-        if operands is not None:
-            a, b = operands[0], operands[1].T
-
-            def gemm() -> None:
-                for _ in range(count):
-                    a @ b
-
-            calls["gemm"] = gemm
-        return calls
-
-    return limits
-
-
-def overhead(op: Op) -> dict[str, float]:
-    """Microseconds of one forward call on the op's first sample, a tiny one, and of eager on it."""
+def _measured(case: Case, options: Options) -> dict[str, Any]:
     torch.manual_seed(0)
-    sample = next(iter(op.samples(torch.float32)))
-    functions = {"pymm_us": op.function} | ({"eager_us": op.eager} if op.eager is not None else {})
-    calls = {name: _forward(f, sample.args, sample.kwargs) for name, f in functions.items()}
-    return {name: t.p50_ms * 1e3 for name, t in interleaved(calls, 0.2, least=50).items()}
+    args, kwargs = _to(case.make(case.dtype), options.device)
+    checked = check(case, args, kwargs)
+    torch._dynamo.reset()  # each case is compiled for its own shapes
+    others, absent = peers(case, args, kwargs, options.compiled)
+    entrants: dict[str, Entrant] = {}
+    for name, (function, differentiable) in {"pymm": (case.function, True), **others}.items():
+        try:
+            entrants[name] = _entrant(case, name, function, differentiable, args, kwargs, checked)
+        except Exception as failed:
+            if name == "pymm":
+                raise
+            absent[name] = reason_of(failed)
+    return {
+        "backend": _backend(case, args, kwargs),
+        "correct": checked.correct,
+        "error": checked.error,
+        "allowed": checked.allowed,
+        "unchecked": checked.unchecked,
+        "passes": {
+            name: _pass(case, name == "forward_backward", entrants, dict(absent), args, kwargs, options)
+            for name in PASSES[: 2 if case.backward else 1]
+        },
+    }
+
+
+def _entrant(
+    case: Case,
+    name: str,
+    function: Function,
+    differentiable: bool,
+    args: tuple[Any, ...],
+    kwargs: Kwargs,
+    checked: Check,
+) -> Entrant:
+    if checked.forward is None:
+        return Entrant(function, differentiable, None, True)
+    off = error_of(case, function, args, kwargs, checked.forward)
+    return Entrant(function, differentiable, off, name in OURS or not checked.another(off))
+
+
+def _pass(
+    case: Case,
+    backward: bool,
+    entrants: dict[str, Entrant],
+    absent: dict[str, str],
+    args: tuple[Any, ...],
+    kwargs: Kwargs,
+    options: Options,
+) -> Pass:
+    device = options.device
+    budget = options.seconds / (2 if case.backward else 1)
+    calls: dict[str, Call] = {}
+    first: dict[str, First] = {}
+    for name, entrant in entrants.items():
+        if backward and not entrant.differentiable:
+            absent[name] = "has no gradient"
+            continue
+        f = entrant.function
+        call = _both(case, f, args, kwargs) if backward else _forward(f, args, kwargs)
+        try:
+            if name.endswith("compiled"):
+                call()  # compiles
+            first[name] = _first(call, device)
+        except Exception as failed:
+            if name == "pymm":
+                raise
+            absent[name] = reason_of(failed)
+        else:
+            calls[name] = call
+    result_bytes = first["pymm"].result_bytes
+    moved_bytes = _size((*args, *kwargs.values())) + result_bytes
+    products = [*case.products, *(case.products_backward if backward else ())]
+    bounds = limits(products, moved_bytes, case.dtype, device) if case.kind != "call" else {}
+    quick = {name: call for name, call in calls.items() if first[name].seconds <= budget}
+    bare = {f"limit {name}": limit.call for name, limit in bounds.items()}
+    for call in bare.values():
+        call()
+    taken = interleaved({**quick, **bare}, budget, device)
+    with_memory = options.memory and case.kind != "call"
+    contestants = {}
+    for name, call in calls.items():
+        peak = None
+        if with_memory:
+            peak = peak_bytes(call, device) if name in quick else first[name].peak_bytes
+        contestants[name] = Contestant(
+            times(taken.get(name, [first[name].seconds])), peak, entrants[name].error, entrants[name].same
+        )
+    return Pass(
+        operations=operations(products),
+        moved_bytes=moved_bytes,
+        result_bytes=result_bytes,
+        contestants=contestants,
+        limits={name: times(taken[f"limit {name}"], bound.factor) for name, bound in bounds.items()},
+        absent=absent,
+    )
+
+
+def _first(call: Call, device: torch.device) -> First:
+    seconds, size = 0.0, 0
+
+    def sized() -> None:
+        nonlocal size
+        size = _size(call())
+
+    def once() -> None:
+        nonlocal seconds
+        seconds = timed(sized, device)
+
+    peak = peak_bytes(once, device)
+    return First(seconds, peak, size)
+
+
+def _forward(function: Function, args: tuple[Any, ...], kwargs: Kwargs) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _both(case: Case, function: Function, args: tuple[Any, ...], kwargs: Kwargs) -> Callable[[], Any]:
+    leaf_args, leaf_kwargs, leaves = leaves_of(case, args, kwargs)
+    cotangent: Tensor | None = None
+
+    def call() -> Any:
+        nonlocal cotangent
+        out = outputs_of(function(*leaf_args, **leaf_kwargs))[0]
+        if cotangent is None:
+            cotangent = cotangent_of(out)
+        return out, torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+
+    return call
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in it."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_size, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def _to(arguments: tuple[tuple[Any, ...], Kwargs], device: torch.device) -> tuple[tuple[Any, ...], Kwargs]:
+    args, kwargs = arguments
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tuple(moved(a) for a in args), {k: moved(v) for k, v in kwargs.items()}
+
+
+def _backend(case: Case, args: tuple[Any, ...], kwargs: Kwargs) -> str:
+    if case.op == case.served:
+        return ops.explain(case.served, *args, **kwargs).backend
+    x = next(a for a in args if isinstance(a, Tensor))
+    return ops.explain(case.served, x, x.new_zeros(1, x.shape[-1])).backend

@@ -19,6 +19,7 @@ from pymm.ops._machine import processor
 OPTIONAL = {
     "matplotlib": ("pictures and plots", "pip install 'pymm[plot]'"),
     "tensorboard": ("TensorBoard logs", "pip install 'pymm[log]'"),
+    "faiss": ("other libraries beside pymm in benchmarks", "pip install 'pymm[bench]'"),
     "fsspec": ("shards in object stores", "pip install 'pymm[remote]'"),
     "triton": ("Triton kernels on a GPU", "pip install triton"),
 }

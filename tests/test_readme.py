@@ -42,7 +42,7 @@ def test_training_and_measuring_examples(tmp_path: Path) -> None:
     assert cli.main(["train", "clip", "--run.out", run, *small]) == 0
     assert cli.main(["eval", run]) == 0
     out = str(tmp_path / "bench.json")
-    arguments = ["bench", "info_nce", "--only", "N=256", "--seconds", "0.01", "--no-compiled", "--out", out]
+    arguments = ["bench", "info_nce", "--filter", "N=256", "--seconds", "0.01", "--no-compiled", "--out", out]
     assert cli.main(arguments) == 0
     assert cli.main(["bench", "--compare", out, out]) == 0
 

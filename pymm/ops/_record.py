@@ -45,10 +45,17 @@ class Workload:
     """One measured call.
 
     Args:
-        label: the row's name in the table.
+        label: the row's name in the table; with the op's name and the type it selects and pairs rows.
         dtype: of the inputs that `make(dtype)` returns as `(args, kwargs)`.
         gemm: `(M, N, K)` of the op's matrix product, batch folded into M; the bare GEMM beside it is that.
         gemms, gemms_backward: how many such products the forward and the backward pass hold.
+        backward: whether forward and backward together are measured too.
+        fixed: positions or names of the floating arguments that need no gradient.
+        observed: `(args, kwargs, result)` -> the tensors that are compared with the float64 reference's; by
+            default the floating ones of the result.
+        alone: only a kernel that streams fits a usual machine: no contestant and no reference is run.
+        family, size: rows of one family and type are a curve over `size`.
+        sweep: a further point of such a curve, measured only when curves are asked for.
     """
 
     label: str
@@ -57,6 +64,13 @@ class Workload:
     gemm: tuple[int, int, int] | None = None
     gemms: int = 1
     gemms_backward: int = 2
+    backward: bool = True
+    fixed: tuple[int | str, ...] = ()
+    observed: Callable[[tuple[Any, ...], dict[str, Any], Any], tuple[torch.Tensor, ...]] | None = None
+    alone: bool = False
+    family: str | None = None
+    size: int | None = None
+    sweep: bool = False
 
 
 @dataclass(frozen=True)

@@ -336,16 +336,29 @@ def _workloads() -> Sequence[Workload]:
 
         return inputs
 
-    rows = [
-        ("B8 H12 T197 D64", make(8, 12, 197, 197, 64, 12), (8 * 12 * 197, 197, 64)),
-        ("B8 H12 T577 D64", make(8, 12, 577, 577, 64, 12), (8 * 12 * 577, 577, 64)),
-        ("B16 H8 T77 D64 causal", make(16, 8, 77, 77, 64, 8, is_causal=True), (16 * 8 * 77, 77, 64)),
-        ("B8 H12 T197 D64 bias", with_bias(8, 12, 197, 64), (8 * 12 * 197, 197, 64)),
-        ("B1 H32/8 T1 S4096 D128", make(1, 32, 1, 4096, 128, 8, enable_gqa=True), (32, 4096, 128)),
+    captions = torch.arange(77) < torch.linspace(8, 77, 16).long()[:, None]
+    rows: list[tuple[str, Any, tuple[int, int, int], dict[str, Any]]] = [
+        ("B16 H8 T77 D64 causal", make(16, 8, 77, 77, 64, 8, is_causal=True), (16 * 8 * 77, 77, 64), {}),
+        (
+            "B16 H8 T77 D64 causal, key padding",
+            make(16, 8, 77, 77, 64, 8, is_causal=True, key_padding_mask=captions),
+            (16 * 8 * 77, 77, 64),
+            {},
+        ),
+        ("B8 H12 T197 D64 bias", with_bias(8, 12, 197, 64), (8 * 12 * 197, 197, 64), {}),
+        (
+            "B1 H32/8 T1 S4096 D128",
+            make(1, 32, 1, 4096, 128, 8, enable_gqa=True),
+            (32, 4096, 128),
+            {"backward": False},
+        ),
     ]
+    for t in (50, 100, 197, 257, 577, 1024):
+        curve = {"family": "B8 H12 D64", "size": t, "sweep": t not in (197, 577)}
+        rows.append((f"B8 H12 T{t} D64", make(8, 12, t, t, 64, 12), (8 * 12 * t, t, 64), curve))
     return [
-        Workload(label, dtype, inputs, gemm=gemm, gemms=2, gemms_backward=5)
-        for label, inputs, gemm in rows
+        Workload(label, dtype, inputs, gemm=gemm, gemms=2, gemms_backward=5, **more)
+        for label, inputs, gemm, more in rows
         for dtype in (torch.bfloat16, torch.float32)
     ]
 

@@ -145,7 +145,16 @@ def _workloads() -> Sequence[Workload]:
         return lambda dtype: ((torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)), {})
 
     return [
-        Workload(f"{n}x{n}x{d}", dtype, make(n, d), gemm=(n, n, d), gemms=1, gemms_backward=2)
+        Workload(
+            f"{n}x{n}x{d}",
+            dtype,
+            make(n, d),
+            gemm=(n, n, d),
+            gemms=1,
+            gemms_backward=2,
+            family=f"D={d}",
+            size=n,
+        )
         for n, d in ((1024, 512), (4096, 512))
         for dtype in (torch.bfloat16, torch.float32)
     ]

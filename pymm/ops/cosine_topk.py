@@ -161,12 +161,31 @@ def _eager(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, torch.cat(at, -1).gather(-1, order)
 
 
+def _observed(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[Tensor, ...]:
+    """The values, and the cosines of the rows that the indices name: among near ties any order is right."""
+    x, y, _ = args
+    values, indices = result
+    rows = F.normalize(y.double()[indices.reshape(-1)], dim=-1).view(*indices.shape, -1)
+    named = (F.normalize(x.double(), dim=-1)[:, None] * rows).sum(-1)
+    return values, named.to(values.dtype)
+
+
 def _workloads() -> Sequence[Workload]:
     def make(n: int, m: int, d: int, k: int) -> Any:
         return lambda dtype: ((torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), k), {})
 
     return [
-        Workload(f"{n}x{m}x{d} k={k}", dtype, make(n, m, d, k), gemm=(n, m, d), gemms=1, gemms_backward=0)
+        Workload(
+            f"{n}x{m}x{d} k={k}",
+            dtype,
+            make(n, m, d, k),
+            gemm=(n, m, d),
+            gemms=1,
+            backward=False,
+            observed=_observed,
+            family=f"N={n} D={d} k={k}",
+            size=m,
+        )
         for n, m, d, k in ((256, 100_000, 256, 10), (256, 1_000_000, 256, 10))
         for dtype in (torch.bfloat16, torch.float32)
     ]

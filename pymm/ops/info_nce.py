@@ -301,10 +301,16 @@ def _workloads() -> Sequence[Workload]:
 
         return inputs
 
-    rows = [(256, torch.bfloat16), (1024, torch.bfloat16), (8192, torch.bfloat16), (8192, torch.float32)]
+    def workload(n: int, d: int, dtype: torch.dtype, **more: Any) -> Workload:
+        more |= {"family": f"D={d}", "size": n}
+        return Workload(f"N={n} D={d}", dtype, make(n, d), gemm=(n, n, d), gemms=1, gemms_backward=3, **more)
+
     return [
-        Workload(f"N={n} D=512", dtype, make(n, 512), gemm=(n, n, 512), gemms=1, gemms_backward=3)
-        for n, dtype in rows
+        *(workload(n, 512, torch.bfloat16) for n in (256, 1024, 8192)),
+        workload(8192, 512, torch.float32),
+        workload(131072, 256, torch.bfloat16, alone=True),
+        *(workload(n, 512, torch.bfloat16, sweep=True) for n in (512, 2048, 4096)),
+        *(workload(n, 512, torch.float32, sweep=True) for n in (512, 1024, 2048, 4096)),
     ]
 
 

@@ -288,6 +288,8 @@ def _workloads() -> Sequence[Workload]:
             gemm=(n, n, d),
             gemms=1,
             gemms_backward=0 if mining == "hard" else 2,
+            family=f"D={d} {mining}" + (" crossed" if crossed else ""),
+            size=n,
         )
         for n, d, per_label, mining, crossed in (
             (1024, 256, 4, "hard", False),

@@ -340,6 +340,7 @@ def _workloads() -> Sequence[Workload]:
             gemm=(8 * int((224 // patch) ** 2 * kept), c, 3 * patch * patch),
             gemms=1,
             gemms_backward=1,
+            fixed=(0,),
         )
         for patch, c, kept, dtype in rows
     ]

@@ -142,7 +142,16 @@ def _workloads() -> Sequence[Workload]:
 
     rows = [(1024, torch.bfloat16), (8192, torch.bfloat16), (8192, torch.float32)]
     return [
-        Workload(f"N={n} D=512", dtype, make(n, 512), gemm=(n, n, 512), gemms=1, gemms_backward=3)
+        Workload(
+            f"N={n} D=512",
+            dtype,
+            make(n, 512),
+            gemm=(n, n, 512),
+            gemms=1,
+            gemms_backward=3,
+            family="D=512",
+            size=n,
+        )
         for n, dtype in rows
     ]
 
