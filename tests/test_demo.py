@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from PIL import Image
 from pymm import demo
 from pymm.commands import EvalSettings, evaluate
 from pymm.demo import DemoSettings
+from pymm.training.clip import train_clip
+from pymm.training.log import LOG, read_log
+from pymm.training.settings import EvaluationSettings
 
 pytest.importorskip("matplotlib")
 
@@ -62,3 +67,14 @@ def test_repeats(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     assert again["unseen_style"] == metrics["unseen_style"]
     weights = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert weights == (out / "model.safetensors").read_bytes()
+
+
+def test_the_recipe_learns(tmp_path: Path) -> None:
+    """Thirty steps with the demo's own settings end below the loss of a guess among the batch."""
+    recipe = demo.recipe(DemoSettings(out=str(tmp_path), steps=30, threads=2, max_seconds=1e6))
+    train_clip(
+        replace(recipe, run=replace(recipe.run, log_every=1), evaluation=EvaluationSettings(source=()))
+    )
+    losses = [line["loss"] for line in read_log(tmp_path / LOG)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) / 5 < math.log(recipe.data.batch_size) - 0.1
