@@ -72,7 +72,7 @@ def recipe(settings: DemoSettings) -> ClipSettings:
                 saturation=0.4,
                 hue=0.06,
                 grayscale=0.1,
-                random_background=0.25,
+                random_background=0.1,
             ),
         ),
         optimizer=OptimizerSettings(learning_rate=1e-3, weight_decay=0.1),
