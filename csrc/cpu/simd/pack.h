@@ -22,70 +22,149 @@ inline void convert_run(const From* source, To* target, int64_t count) {
     constexpr int lanes = lanes_of<Accumulator<From>>();
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes) store(target + i, load(source + i));
-    for (; i < count; ++i) target[i] = convert<From, To>(source[i]);
+    if (i < count) store_some(target + i, load_some(source + i, count - i), count - i);
   }
 }
 
-// One panel whose rows are contiguous along K. Blocks of `lanes` units of 32 bits are turned in registers.
-template <class From, class To, int group, int unit>
-inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t rows, int64_t k, int64_t depth,
-                               To* panel) {
-  constexpr bool turnable = unit * sizeof(To) == 4;
-  int64_t done = 0;
-  if constexpr (turnable) {
-    constexpr int block = kLanes * unit;  // elements of K in one block
-    for (; done + block <= k; done += block) {
-      for (int first = 0; first < group; first += kLanes) {
-        vuint lines[kLanes];
-        for (int r = 0; r < kLanes; ++r) {
-          const int64_t row = first + r;
-          lines[r] = vuint{};
-          if (row >= min_of(group, rows)) continue;
-          alignas(64) To line[block];
-          convert_run(source + row * row_stride + done, line, block);
-          memcpy(&lines[r], line, sizeof(vuint));
-        }
-        transpose(lines);
-        const size_t bytes = min_of(group - first, kLanes) * 4;
-        for (int q = 0; q < kLanes; ++q) memcpy(panel + (done + q * unit) * group + first * unit, &lines[q], bytes);
+// Turns one block of `group` rows and kLanes units in registers; `k` elements of it exist, the rest is zero. A line of
+// the panel that is shorter than a register runs over into the next, which is written later, unless it is the last.
+template <class From, class To, int group, int unit, bool full>
+inline void turn_block(const From* source, int64_t row_stride, int64_t rows, int64_t k, bool last, To* panel) {
+  constexpr int block = kLanes * unit;
+  const int64_t units = full ? kLanes : ceil_div(k, unit);
+  for (int first = 0; first < group; first += kLanes) {
+    vuint lines[kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes; ++r) {
+      const int row = first + r;
+      const bool inside = row < group && row < rows;
+#if PYMM_ISA_LEVEL >= 2
+      if constexpr (__is_same(From, To) && full) {  // without a branch, so that the lines stay in registers
+        lines[r] = (vuint)_mm512_maskz_loadu_epi32(inside ? 0xffff : 0, source + (inside ? row * row_stride : 0));
+        continue;
+      }
+#endif
+      lines[r] = vuint{};
+      if (inside) {
+        alignas(64) To line[block] = {};
+        convert_run(source + row * row_stride, line, full ? block : k);
+        memcpy(&lines[r], line, sizeof(vuint));
       }
     }
-  } else if constexpr (unit > 2) {
-    for (; done + unit <= k; done += unit) {
-      for (int64_t r = 0; r < group; ++r) {
-        To* target = panel + done * group + r * unit;
-        if (r < rows) {
-          convert_run(source + r * row_stride + done, target, unit);
-        } else {
-          memset(static_cast<void*>(target), 0, unit * sizeof(To));
-        }
+    transpose(lines);
+    constexpr int whole = sizeof(vuint);
+    const int part = min_of(kLanes, group - first) * 4;
+#pragma GCC unroll 16
+    for (int q = 0; q < kLanes; ++q) {
+      To* line = panel + q * unit * group + first * unit;
+      if constexpr (full) {
+        memcpy(line, &lines[q], q + 1 < kLanes || !last ? whole : part);
+      } else if (q < units) {
+        memcpy(line, &lines[q], part);
       }
-    }
-  }
-  for (int64_t p = done; p < depth; ++p) {
-    for (int64_t r = 0; r < group; ++r) {
-      To value{};
-      if (r < rows && p < k) value = convert<From, To>(source[r * row_stride + p]);
-      panel[(p / unit * group + r) * unit + p % unit] = value;
     }
   }
 }
+
+// One panel whose rows are contiguous along K. Units of 32 bits are turned in registers, larger ones copied, doubles
+// taken one by one.
+template <class From, class To, int group, int unit>
+inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t rows, int64_t k, int64_t depth,
+                               To* panel) {
+  if constexpr (unit * sizeof(To) == 4) {
+    constexpr int block = kLanes * unit;
+    int64_t done = 0;
+    for (; done + block <= k; done += block) {
+      turn_block<From, To, group, unit, true>(source + done, row_stride, rows, block, done + block == depth,
+                                              panel + done * group);
+    }
+    if (done < k)
+      turn_block<From, To, group, unit, false>(source + done, row_stride, rows, k - done, true, panel + done * group);
+    for (int64_t p = round_up(k, unit); p < depth; ++p) {
+      for (int r = 0; r < group; ++r) panel[p * group + r] = To{};
+    }
+  } else {
+    for (int64_t done = 0; done < depth; done += unit, panel += unit * group) {
+      const int64_t count = max_of(0, min_of(unit, k - done));
+      for (int64_t r = 0; r < group; ++r) {
+        To* target = panel + r * unit;
+        if (r < rows && count == unit) {
+          convert_run(source + r * row_stride + done, target, unit);
+          continue;
+        }
+        for (int64_t u = 0; u < unit; ++u) {
+          target[u] = r < rows && u < count ? convert<From, To>(source[r * row_stride + done + u]) : To{};
+        }
+      }
+    }
+  }
+}
+
+#if PYMM_ISA_LEVEL >= 3
+// The pairs (a[i], b[i]) for i < count <= 16, zero beyond; b may be null.
+inline vuint pairs(const bf16* a, const bf16* b, int64_t count) {
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
+  if (!b) return (vuint)low;
+  return (vuint)low | (vuint)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b)) << 16;
+}
+inline vuint pairs(const float* a, const float* b, int64_t count) {
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  const __m512 low = _mm512_maskz_loadu_ps(mask, a), high = b ? _mm512_maskz_loadu_ps(mask, b) : _mm512_setzero_ps();
+  const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  const __m512i order =
+      _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return (vuint)_mm512_permutexvar_epi16(order, apart);
+}
+
+template <class From, int group, int unit>
+inline void pack_pairs_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth,
+                                  bf16* panel) {
+  const auto pair_at = [&](int64_t p, int64_t first) {
+    const From* a = source + p * k_stride + first;
+    const int64_t count = p < k ? max_of(0, min_of(kLanes, rows - first)) : 0;
+    return count > 0 ? pairs(a, p + 1 < k ? a + k_stride : nullptr, count) : vuint{};
+  };
+  if constexpr (unit == 2) {
+    for (int64_t p = 0; p < depth; p += 2, panel += 2 * group) {
+      for (int first = 0; first < group; first += kLanes) {
+        const vuint line = pair_at(p, first);
+        const bool whole = group - first >= kLanes || p + 2 < depth;  // what runs over is written by the next line
+        memcpy(panel + 2 * first, &line, whole ? sizeof(line) : 4 * (group - first));
+      }
+    }
+  } else {
+    static_assert(unit == 2 * kLanes && group % kLanes == 0);
+    for (int64_t p = 0; p < depth; p += unit, panel += unit * group) {
+      for (int first = 0; first < group; first += kLanes) {
+        vuint lines[kLanes];
+        for (int q = 0; q < kLanes; ++q) lines[q] = pair_at(p + 2 * q, first);
+        transpose(lines);
+        memcpy(panel + first * unit, lines, sizeof(lines));
+      }
+    }
+  }
+}
+#endif
 
 // One panel whose rows lie side by side in memory (row_stride 1): lines of K are copied, pairs interleaved.
 template <class From, class To, int group, int unit>
 inline void pack_panel_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth,
                                   To* panel) {
-  constexpr To zero{};
-  for (int64_t p = 0; p < depth; p += unit) {
-    alignas(64) To lines[unit][group];
-    for (int u = 0; u < unit; ++u) {
-      const bool inside = p + u < k;
-      if (inside) convert_run(source + (p + u) * k_stride, lines[u], rows);
-      for (int64_t r = inside ? rows : 0; r < group; ++r) lines[u][r] = zero;
-    }
-    To* target = panel + p * group;
-    for (int r = 0; r < group; ++r) {
-      for (int u = 0; u < unit; ++u) target[r * unit + u] = lines[u][r];
+  if constexpr (__is_same(To, bf16)) {
+#if PYMM_ISA_LEVEL >= 3
+    pack_pairs_along_rows<From, group, unit>(source, k_stride, rows, k, depth, panel);
+#endif
+  } else {
+    static_assert(unit == 1);
+    for (int64_t p = 0; p < depth; ++p, panel += group) {
+      if (p < k && rows == group) {
+        convert_run(source + p * k_stride, panel, group);
+      } else {
+        if (p < k) convert_run(source + p * k_stride, panel, rows);
+        for (int64_t r = p < k ? rows : 0; r < group; ++r) panel[r] = To{};
+      }
     }
   }
 }
