@@ -128,7 +128,13 @@ def _select(op: str, arguments: tuple[Any, ...]) -> Explanation:
         if missing is None:
             return Explanation(op, candidate, f"the kernel for {kind}" + _detail(candidate))
         reasons.append(f"{candidate}: {missing}")
-    return Explanation(op, "reference", "; ".join(reasons) or f"no kernel exists for {kind}")
+    return Explanation(op, "reference", "; ".join(reasons) or _no_candidate(kind))
+
+
+def _no_candidate(kind: str) -> str:
+    if kind == "cuda":
+        return "torch's own product, until a GPU has measured ours; choose triton explicitly"
+    return f"no kernel exists for {kind}"
 
 
 def _candidates(op: str, kind: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ hold `limits(*torch-op arguments)`, which says why it would not take them. The C
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -18,13 +19,15 @@ import torch
 
 from pymm.ops._record import NAMESPACES, REGISTRY, library_of
 
-# Which candidate serves an op when nobody chooses, best first. No GPU has measured either yet.
+# Which candidate serves an op when nobody chooses, best first. No GPU has measured either yet; where torch
+# has a library's tuned product, that stays until a measurement says otherwise.
 ORDER = ("triton", "cuda")
+TORCH_FIRST = {"linear"}
 
 
 def preference(op: str) -> tuple[str, ...]:
     """The candidates of an op in the order in which they are tried."""
-    return ORDER
+    return () if op in TORCH_FIRST else ORDER
 
 
 @torch.compiler.assume_constant_result
@@ -95,6 +98,10 @@ def load_cuda_library() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no usable GPU"
     try:
+        # Ours is linked to no CUDA build of torch; so torch's symbols have to be in sight when it is loaded.
+        of_torch = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+        if of_torch.exists():
+            ctypes.CDLL(str(of_torch), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the CUDA kernels do not load ({error})"
