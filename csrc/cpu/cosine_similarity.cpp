@@ -33,7 +33,7 @@ Tensor with_last(const Tensor& x, int64_t drop, std::initializer_list<int64_t> l
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + drop < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.insert(sizes.end(), last);
-  return torch::stable::new_empty(x, sizes, dtype);
+  return fresh(torch::stable::new_empty(x, sizes, dtype));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& y_in, double eps) {
@@ -95,14 +95,21 @@ void side(const T* g, int64_t g_row, int64_t g_column, const T* x, const T* y, c
     }
     gemm.pack_b_accumulators(scaled.as<Acc>(), 1, rows, rows, count, panels);
   });
-  parallel_ranges(ceil_div(n, kRows), 1, [&](int64_t begin, int64_t end) {
-    PackedA a(gemm, m);
+  // A chunk of dout is packed when its turn comes, and meets all of y^ while it is in L2.
+  const int64_t tiles = ceil_div(n, gemm.mr), tasks = Split(tiles, gemm.mr, 1, thread_count()).rows;
+  parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+    Scratch panels(gemm.a_bytes(kRows, kDepth));
     Scratch sums(kRows * d * static_cast<int64_t>(sizeof(Acc)));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task * kRows, rows = min_of(kRows, n - row);
-      a.fill(row, rows, matrix(g, g_row, g_column));
-      for (int64_t block = 0; block < packed.blocks(); ++block) {
-        a.multiply(packed, block, sums.as<Acc>() + block * kColumns, d);
+      const int64_t row = tiles * task / tasks * gemm.mr;
+      const int64_t rows = min_of(n, tiles * (task + 1) / tasks * gemm.mr) - row;
+      for (int64_t first = 0; first < m; first += kDepth) {
+        const int64_t depth = min_of(kDepth, m - first);
+        matrix(g, g_row, g_column).pack_a(gemm, row, rows, first, depth, panels.as<char>());
+        for (int64_t block = 0; block < packed.blocks(); ++block) {
+          gemm.multiply(rows, packed.columns(block), depth, panels.as<char>(), packed.chunk(block, first),
+                        sums.as<Acc>() + block * kColumns, d, first > 0);
+        }
       }
       for (int64_t r = 0; r < rows; ++r) {
         Acc* t = sums.as<Acc>() + r * d;
@@ -123,7 +130,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dout_in, const Tensor& x_in, c
   const DType dtype = dtype_of(x, kOp);
   PYMM_CHECK(dout.scalar_type() == x.scalar_type() && dout.numel() == s.batch * s.n * s.m, kOp,
              ": dout must have the shape and type of the result");
-  Tensor dx = torch::stable::empty_like(x), dy = torch::stable::empty_like(y);
+  Tensor dx = fresh(torch::stable::empty_like(x)), dy = fresh(torch::stable::empty_like(y));
   if (s.n == 0 || s.m == 0 || s.d == 0) {
     torch::stable::zero_(dx);
     torch::stable::zero_(dy);

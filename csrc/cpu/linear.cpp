@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(s.n);
-  Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
-  Tensor pre = keep && f != 0 ? torch::stable::empty_like(out) : empty({0}, x);
+  Tensor out = fresh(torch::stable::new_empty(x, sizes, x.scalar_type()));
+  Tensor pre = keep && f != 0 ? fresh(torch::stable::empty_like(out)) : empty({0}, x);
   if (s.m == 0 || s.n == 0) return {out, pre};
   const auto epilogue = linear_for(dtype).epilogue[f];
   dispatch(dtype, [&]<class T>() {
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const Tensor&
       f == 0 ? std::nullopt
              : checked(pre_in ? *pre_in : std::get<0>(forward(x, weight, bias, std::nullopt, std::nullopt, false)), x,
                        s.m * s.n, "pre");
-  Tensor dx = need_x ? torch::stable::new_empty(x, x.sizes(), x.scalar_type()) : empty({0}, x);
+  Tensor dx = need_x ? fresh(torch::stable::new_empty(x, x.sizes(), x.scalar_type())) : empty({0}, x);
   Tensor dweight = empty({need_weight ? s.n : 0, s.k}, x), dbias = empty({need_bias ? s.n : 0}, x);
   if (!need_weight) dweight = empty({0}, x);
   if (s.m == 0 || s.n == 0 || s.k == 0) {
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const Tensor&
     if (s.m == 0 || s.n == 0 || !need_bias) return {dx, dweight, dbias};
   }
   dispatch(dtype, [&]<class T>() {
-    const Tensor dz = f == 0 ? dout : torch::stable::empty_like(dout);
+    const Tensor dz = f == 0 ? dout : fresh(torch::stable::empty_like(dout));
     T* db = need_bias ? data<T>(dbias) : nullptr;
     if (f != 0 || need_bias) through_activation(data<T>(dout), pointer<T>(pre), s, f, data<T>(dz), db);
     if (s.k == 0) return;

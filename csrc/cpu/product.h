@@ -17,6 +17,9 @@ constexpr int64_t kRows = 96;      // rows of A in one task; a multiple of every
 constexpr int64_t kColumns = 128;  // columns of C between two epilogues
 constexpr int64_t kDepth = 512;    // K between two visits of the accumulators
 
+// What one thread does as fast as several can be woken: products, and elements packed.
+constexpr int64_t kSmallProduct = 1 << 19, kSmallPacking = 1 << 15;
+
 // A matrix with element strides, packed as it is (`accumulators` false) or from float/double (`accumulators` true).
 struct Matrix {
   const void* data;
@@ -54,13 +57,14 @@ class PackedB {
   template <PackFunction Pack>
   PackedB(const Gemm& g, int64_t n, int64_t k, Pack&& pack)
       : gemm_(g), n_(n), k_(k), block_bytes_(bytes_per_block()), memory_(block_bytes_ * ceil_div(n, kColumns)) {
-    const int64_t blocks = ceil_div(n, kColumns);
-    parallel_tasks(blocks, [&](int64_t block) {
-      const int64_t row = block * kColumns, rows = min_of(kColumns, n_ - row);
-      for (int64_t first = 0; first < k_; first += kDepth) {
-        pack(row, rows, first, min_of(kDepth, k_ - first), chunk(block, first));
-      }
-    });
+    const int64_t chunks = ceil_div(k, kDepth), tasks = ceil_div(n, kColumns) * chunks;
+    parallel_ranges(
+        tasks, max_of(1, kSmallPacking / (kColumns * min_of(max_of(1, k), kDepth))), [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t row = task / chunks * kColumns, first = task % chunks * kDepth;
+            pack(row, min_of(kColumns, n_ - row), first, min_of(kDepth, k_ - first), chunk(task / chunks, first));
+          }
+        });
   }
   PackedB(const Gemm& g, int64_t n, int64_t k, const Matrix& b)
       : PackedB(g, n, k, [&](int64_t row, int64_t rows, int64_t first, int64_t count, void* panels) {
@@ -69,6 +73,7 @@ class PackedB {
 
   int64_t blocks() const { return ceil_div(n_, kColumns); }
   int64_t columns(int64_t block) const { return min_of(kColumns, n_ - block * kColumns); }
+  int64_t rows() const { return n_; }
   int64_t depth() const { return k_; }
   const Gemm& gemm() const { return gemm_; }
   void* chunk(int64_t block, int64_t first_k) const {
@@ -120,21 +125,46 @@ class PackedA {
   Scratch memory_;
 };
 
+// How C is cut into tasks: `rows` groups of register tiles times `columns` groups of blocks of B, of even sizes.
+struct Split {
+  int64_t rows, columns;
+
+  // The fewest and shortest rounds over the threads. A task costs its products, the panels of B that pass it (as much
+  // as some rows more) and the packing of its rows (as much as some columns more).
+  Split(int64_t row_tiles, int64_t tile_rows, int64_t blocks, int64_t threads) {
+    const int64_t fewest = ceil_div(row_tiles, kRows / tile_rows);
+    rows = fewest;
+    columns = 1;
+    for (int64_t c = 1, best = INT64_MAX; c <= min_of(blocks, threads); ++c) {
+      const int64_t rounds = ceil_div(fewest * c, threads);
+      const int64_t r = min_of(row_tiles, threads * rounds / c);
+      const int64_t cost = rounds * (ceil_div(row_tiles, r) * tile_rows + 8) * (ceil_div(blocks, c) * kColumns + 32);
+      if (cost >= best) continue;
+      best = cost;
+      rows = r;
+      columns = c;
+    }
+  }
+};
+
 // For every block of C = A . B^T: epilogue(row, rows, column, columns, accumulators, ldc). K must be positive.
 // `pack_a(row, rows, k, count, panels)` packs rows of A. Must not throw.
 template <class Acc, PackFunction PackRows, class Epilogue>
 void blocked_product(int64_t m, const PackedB& b, PackRows&& pack_a, Epilogue&& epilogue) {
-  const int64_t row_blocks = ceil_div(m, kRows);
-  // Few row blocks (a batch of one): split the columns too, at the price of packing A once per group.
-  const int64_t groups = row_blocks >= thread_count() ? 1 : min_of(b.blocks(), ceil_div(thread_count(), row_blocks));
-  parallel_ranges(row_blocks * groups, 1, [&](int64_t begin, int64_t end) {
-    PackedA a(b.gemm(), b.depth());
+  if (m == 0) return;
+  const int64_t tile_rows = b.gemm().mr, tiles = ceil_div(m, tile_rows), blocks = b.blocks();
+  const bool small = m * b.rows() * b.depth() < kSmallProduct;
+  const Split split(tiles, tile_rows, blocks, small ? 1 : thread_count());
+  const int64_t tasks = split.rows * split.columns;
+  parallel_ranges(tasks, small ? tasks : 1, [&](int64_t begin, int64_t end) {
+    PackedA a(b.gemm(), b.depth(), ceil_div(tiles, split.rows) * tile_rows);
     Scratch tile(kRows * kColumns * static_cast<int64_t>(sizeof(Acc)));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / groups * kRows, rows = min_of(kRows, m - row);
+      const int64_t part = task / split.columns, group = task % split.columns;
+      const int64_t row = tiles * part / split.rows * tile_rows;
+      const int64_t rows = min_of(m, tiles * (part + 1) / split.rows * tile_rows) - row;
       a.fill(row, rows, pack_a);
-      const int64_t group = task % groups;
-      for (int64_t block = b.blocks() * group / groups; block < b.blocks() * (group + 1) / groups; ++block) {
+      for (int64_t block = blocks * group / split.columns; block < blocks * (group + 1) / split.columns; ++block) {
         a.multiply(b, block, tile.as<Acc>(), kColumns);
         epilogue(row, rows, block * kColumns, b.columns(block), tile.as<Acc>(), kColumns);
       }
