@@ -19,7 +19,7 @@ from pymm.ops._extension import EXTENSION
 Product = tuple[int, int, int]
 # A product with a larger result is measured on some of its rows, and its time multiplied.
 LARGEST_RESULT = 1 << 28
-PEAK_SECONDS = 2e-3
+PEAK_SECONDS = 8e-3
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ def _peak(wanted: float, dtype: str) -> Limit:
     assert EXTENSION is not None
     run = EXTENSION.peak_operations
     steps, done, seconds = 500, 0.0, 0.0
-    while seconds < PEAK_SECONDS / 2:  # until the loop is long enough for the clock, at its quickest
+    while (
+        seconds < PEAK_SECONDS
+    ):  # until the start of the threads is nothing beside the loop, at its quickest
         steps *= 2
         taken = []
-        for _ in range(3):
+        for _ in range(5):
             begin = time.perf_counter()
             done = run(dtype, steps)
             taken.append(time.perf_counter() - begin)

@@ -15,6 +15,7 @@ from pymm import ops
 from pymm.benchmarks.cases import Case
 from pymm.benchmarks.check import Check, Kwargs, check, cotangent_of, error_of, leaves_of, outputs_of
 from pymm.benchmarks.limits import limits, operations
+from pymm.benchmarks.load import Load
 from pymm.benchmarks.memory import peak_bytes
 from pymm.benchmarks.peers import Function, peers, reason_of
 from pymm.benchmarks.schema import PASSES, Contestant, Pass, Row
@@ -71,12 +72,17 @@ def measure(case: Case, options: Options) -> Row:
         "size": case.size,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    before = Load.now()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Row(**row, **_measured(case, options))
+            row |= _measured(case, options)
     except Exception as stopped:
-        return Row(**row, failure=reason_of(stopped))
+        row["failure"] = reason_of(stopped)
+    after = Load.now()
+    if before is not None and after is not None:
+        row["others"] = round(after.others_since(before), 3)
+    return Row(**row)
 
 
 def _measured(case: Case, options: Options) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymm.benchmarks.report import WORDS, best_peer, ratio, verdict
+from pymm.benchmarks.report import WORDS, best_peer, limit_ms, ratio, verdict
 from pymm.benchmarks.schema import Contestant, Pass, Result, Row
 
 LEAST_POINTS = 3  # of a curve
@@ -178,7 +178,9 @@ def _time_panel(axis: Any, curve: Curve) -> None:
         ("peak", "its products at the peak"),
         ("copy", "a copy"),
     ):
-        points = [(size, m.limits[limit].p50_ms) for size, _, m in curve.points if limit in m.limits]
+        points = [
+            (size, limit_ms(m.limits[limit], limit)) for size, _, m in curve.points if limit in m.limits
+        ]
         if points:
             axis.plot(*zip(*points, strict=True), linestyle="--", linewidth=1, label=f"limit: {label}")
     axis.legend(fontsize=7)

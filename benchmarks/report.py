@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from pymm.benchmarks.load import DISTURBED
 from pymm.benchmarks.schema import Contestant, Pass, Result, Row, Times
 
 WORDS = {"forward": "fwd", "forward_backward": "fwd+bwd"}
@@ -40,7 +41,12 @@ def ratio(row: Row, measured: Pass, other: str) -> float | None:
 def share(measured: Pass, limit: str) -> float | None:
     """A limit's time as a share of pymm's: 1 is at the limit, above 1 is better than it."""
     bound = measured.limits.get(limit)
-    return None if bound is None else bound.p50_ms / measured.contestants["pymm"].times.p50_ms
+    return None if bound is None else limit_ms(bound, limit) / measured.contestants["pymm"].times.p50_ms
+
+
+def limit_ms(bound: Times, limit: str) -> float:
+    """The median, but the peak is what the machine can do: a loop that was interrupted says nothing of it."""
+    return bound.p20_ms if limit == "peak" else bound.p50_ms
 
 
 def verdict(row: Row) -> str:
@@ -67,7 +73,9 @@ def line(row: Row) -> Iterator[str]:
             if (part := share(measured, limit)) is not None
         ]
         if pymm.peak_bytes is not None:
-            parts.append(f"peak {_mb(pymm.peak_bytes)}")
+            parts.append(f"peak {_mb(pymm.peak_bytes)} MB")
+        if (row.others or 0.0) > DISTURBED:
+            parts.append(f"disturbed: others took {row.others:.0%} of the processor")
         yield f"{row.key} {WORDS[name]}: " + "; ".join(parts)
 
 
@@ -91,8 +99,15 @@ def print_result(to: Console, result: Result) -> None:
     for row in result.rows:
         if row.failure is not None:
             to.print(f"failed: {row.key}: {row.failure}", markup=False)
-        elif row.correct is False:
+        if row.correct is False:
             to.print(f"wrong: {row.key}: error {row.error:.1e}, allowed {row.allowed:.1e}", markup=False)
+    disturbed = [row.key for row in result.rows if (row.others or 0.0) > DISTURBED]
+    if disturbed:
+        to.print(
+            f"disturbed: other processes took more than {DISTURBED:.0%} of the processor meanwhile: "
+            + "; ".join(disturbed),
+            markup=False,
+        )
     for text in _absences(result.rows):
         to.print(text, markup=False)
     if result.interrupted:
@@ -152,7 +167,7 @@ def _rates(rows: list[Row]) -> Iterator[str]:
         passes = [measured for row in rows if row.dtype == dtype for measured in row.passes.values()]
         parts = []
         for limit, words in (("peak", "multiply-adds in registers"), ("gemm", "torch's bare products")):
-            found = [p.operations / p.limits[limit].p50_ms for p in passes if limit in p.limits]
+            found = [p.operations / limit_ms(p.limits[limit], limit) for p in passes if limit in p.limits]
             if found:
                 parts.append(f"{words} {statistics.median(found) / 1e9:.3g} TFLOP/s")
         moved = [p.moved_bytes / p.limits["copy"].p50_ms for p in passes if "copy" in p.limits]

@@ -1,6 +1,7 @@
 """The one format of results: these classes are its documentation, and the JSON file is their fields.
 
-A field that changes its meaning, or goes, raises FORMAT; a reader refuses another format.
+A field that changes its meaning, or goes, raises FORMAT; a reader refuses another format. A field that is
+added has a default, and so an older file can still be read.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Row:
     size: int | None
     time: str
     """When it was measured, ISO 8601, UTC."""
+    others: float | None = None
+    """The share of the processor's time that other processes took meanwhile; None where that is not known."""
     backend: str | None = None
     """Which of pymm's backends ran it."""
     correct: bool | None = None
@@ -150,16 +153,21 @@ def load(path: Path) -> Result:
     return result
 
 
+def _has_no_default(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
 def _read(kind: Any, value: Any, where: str) -> Any:
     """A value of JSON as the type that a field is annotated with."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         assert isinstance(kind, type)
         hints = typing.get_type_hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
-            wrong = sorted(value.keys() ^ hints.keys()) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"bench: {where} must hold {', '.join(hints)}, got a difference in {wrong}")
-        return kind(**{k: _read(hint, value[k], f"{where}: {k}") for k, hint in hints.items()})
+        needed = {f.name for f in dataclasses.fields(kind) if _has_no_default(f)}
+        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
+            got = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"bench: {where} must hold {', '.join(hints)}, got {got}")
+        return kind(**{k: _read(hints[k], part, f"{where}: {k}") for k, part in value.items()})
     if origin is list and isinstance(value, list):
         return [_read(arguments[0], v, f"{where} {i}") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):

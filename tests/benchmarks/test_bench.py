@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from pymm import ops
-from pymm.benchmarks import BenchSettings, command, measure, peers, run, schema
+from pymm.benchmarks import BenchSettings, command, measure, peers, report, run, schema
 from pymm.benchmarks.cases import Selection, cases, names, of_op
 from pymm.benchmarks.compare import moves
+from pymm.benchmarks.load import Load
 from pymm.benchmarks.measure import Options
 from pymm.benchmarks.memory import peak_bytes
 from pymm.benchmarks.plots import curves, draw
@@ -180,6 +181,14 @@ def test_schema_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     result = schema.Result(schema.FORMAT, "2026-01-01", {}, {}, False, [])
     schema.save(result, file)
     assert schema.load(file) == result
+    full = _result({8: (_times(1, 1, 1), _times(2, 2, 2))})
+    schema.save(full, file)
+    assert schema.load(file) == full
+    older = json.loads(file.read_text())
+    del older["rows"][0]["others"]
+    file.write_text(json.dumps(older))
+    assert schema.load(file).rows[0] == dataclasses.replace(full.rows[0], others=None)
+    schema.save(result, file)
     data = json.loads(file.read_text())
     for change in ({"format": 1}, {"rows": [{}]}, {"interrupted": "no"}, {"more": 0}):
         file.write_text(json.dumps({**data, **change}))
@@ -292,11 +301,15 @@ def test_peers_that_fail_or_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         ("patch_embed", ("p=32", "float32")),
         ("patch_embed", ("keep", "float32")),
         ("triplet_loss", ("1024x", "float32")),
+        ("attention_varlen", ("8 sequences", "float32")),
+        ("cosine_similarity", ("1024x", "float32")),
+        ("info_nce", ("n=256",)),
+        ("mined_triplet_loss", ("512x256 all", "float32")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_torch_peers_compute_the_same(op: str, words: tuple[str, ...]) -> None:
-    """What is written out in peers.py, without a library, equals the op on the workloads' own shapes."""
+def test_peers_compute_the_same(op: str, words: tuple[str, ...]) -> None:
+    """What is written out in torch, and in the libraries that are installed, equals the op."""
     for case in cases(Selection((op,), words)):
         torch.manual_seed(0)
         args, kwargs = case.make(torch.float32)
@@ -363,6 +376,25 @@ def test_peak_rate_is_that_of_arithmetic() -> None:
         extension.peak_operations("float32", 0)
 
 
+def test_others_are_what_is_busy_and_not_ours() -> None:
+    before, after = Load(100.0, 60.0, 5.0), Load(120.0, 72.0, 8.0)
+    assert after.others_since(before) == pytest.approx((12 - 3) / 20)
+    assert before.others_since(before) == 0.0
+    first = Load.now()
+    assert first is not None
+    sum(i * i for i in range(10**6))
+    second = Load.now()
+    assert second is not None
+    assert second.own > first.own
+    assert 0.0 <= second.others_since(first) <= 1.0
+
+
+def test_a_disturbed_row_says_so() -> None:
+    row = dataclasses.replace(_result({8: (_times(1, 1, 1), _times(2, 2, 2))}).rows[0], others=0.4)
+    assert "disturbed: others took 40% of the processor" in next(report.line(row))
+    assert "disturbed" not in next(report.line(dataclasses.replace(row, others=0.02)))
+
+
 def test_interleaved_gives_all_a_turn_in_each_round() -> None:
     order: list[str] = []
     taken = interleaved({name: lambda n=name: order.append(n) for name in "abc"}, 0.0, CPU)
@@ -384,7 +416,7 @@ def _result(points: dict[int, tuple[schema.Times, schema.Times]], correct: bool 
             }
             measured = schema.Pass(2.0 * n, 8 * n, n, contestants, {"gemm": _times(1, 1, 1)}, {})
             yield schema.Row(
-                *("op", f"N={n}", "float32", "workload", "D=8", n, "2026-01-01T00:00:00Z", "cpu"),
+                *("op", f"N={n}", "float32", "workload", "D=8", n, "2026-01-01T00:00:00Z", 0.0, "cpu"),
                 correct=correct,
                 error=0.0,
                 allowed=1.0,
