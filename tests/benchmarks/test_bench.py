@@ -316,6 +316,8 @@ def test_peers_compute_the_same(op: str, words: tuple[str, ...]) -> None:
         expected = case.function(*args, **kwargs)
         found, _ = peers.peers(case, args, kwargs, False)
         written = {k: f for k, (f, _) in found.items() if not k.startswith("SDPA")}
+        if len(written) == 1 and all(peer.module for peer in peers.PEERS[op]):
+            pytest.skip("needs one of the libraries")
         assert len(written) > 1
         for name, function in written.items():
             torch.testing.assert_close(
