@@ -99,7 +99,11 @@ def _tile(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _options(dtype: torch.dtype) -> dict[str, int]:
+    """Of the search for the hardest."""
     return {"num_warps": 8, "num_stages": 1 if dtype == torch.float32 else 2}
+
+
+PANEL_OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
 def _inverse_norms(t: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ class _Way:
             s = self.inv_x.new_empty((rows.stop - first, n))
             cosine_panel_kernel[(cdiv(s.shape[0], tile["BN"]), cdiv(n, tile["BM"]))](
                 self.x, self.y, self.inv_x, self.inv_y, s, first, rows.stop, n, d,
-                **tile, PRECISION=dot_precision(self.x), **_options(self.x.dtype),
+                **tile, PRECISION=dot_precision(self.x), **PANEL_OPTIONS,
             )  # fmt: skip
             same = self.labels[rows, None] == self.labels
             negative = ~same
@@ -274,5 +278,5 @@ def compilations() -> Iterator[Compilation]:
                 cosine_panel_kernel,
                 signature_of(cosine_panel_kernel, types, constants),
                 constants,
-                _options(dtype),
+                PANEL_OPTIONS,
             )
