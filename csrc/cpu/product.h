@@ -81,8 +81,10 @@ class PackedB {
   }
 
  private:
-  int64_t chunk_bytes() const { return round_up(gemm_.b_bytes(kColumns, kDepth), 64); }
-  int64_t bytes_per_block() const { return ceil_div(k_, kDepth) * chunk_bytes(); }
+  int64_t chunk_bytes() const { return round_up(gemm_.b_bytes(kColumns, min_of(k_, kDepth)), 64); }
+  int64_t bytes_per_block() const {
+    return k_ / kDepth * chunk_bytes() + round_up(gemm_.b_bytes(kColumns, k_ % kDepth), 64);
+  }
 
   const Gemm& gemm_;
   int64_t n_, k_, block_bytes_;
@@ -96,7 +98,7 @@ class PackedA {
       : gemm_(g),
         k_(k),
         chunk_bytes_(round_up(g.a_bytes(rows, min_of(k, kDepth)), 64)),
-        memory_(chunk_bytes_ * max_of(1, ceil_div(k, kDepth))) {}
+        memory_(k / kDepth * chunk_bytes_ + round_up(g.a_bytes(rows, k % kDepth), 64)) {}
 
   template <PackFunction Pack>
   void fill(int64_t row, int64_t rows, Pack&& pack) {

@@ -9,15 +9,7 @@ namespace pymm::PYMM_ISA {
 constexpr int64_t kMaxColumns = 256;  // of a tile
 
 template <class Acc>
-struct MaskOf {
-  using type = vint;
-};
-template <>
-struct MaskOf<double> {
-  using type = vlong;
-};
-template <class Acc>
-using Mask = typename MaskOf<Acc>::type;
+using Mask = Integers<Acc>;
 
 // step(j, count, keep) for each vector of a row; `keep` is all ones in the full ones.
 template <class Acc, class Step>

@@ -8,22 +8,11 @@
 namespace pymm::PYMM_ISA {
 namespace {
 
-typedef int64_t vlane64 __attribute__((vector_size(kVectorBytes)));
-
-template <class Acc>
-struct IndexVector {
-  using type = vint;
-};
-template <>
-struct IndexVector<double> {
-  using type = vlane64;
-};
-
 template <class Acc>
 struct Impl {
   using V = Vector<Acc>;
   using I = Index<Acc>;
-  using VI = typename IndexVector<Acc>::type;
+  using VI = Integers<Acc>;
   static constexpr int lanes = lanes_of<Acc>();
 
   static VI load_index(const I* p) {

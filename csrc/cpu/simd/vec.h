@@ -51,6 +51,18 @@ struct VectorOf<double> {
 template <class Acc>
 using Vector = typename VectorOf<Acc>::type;
 
+// As many integers of the accumulator's width: what a comparison gives, and indices beside values.
+template <class Acc>
+struct IntegersOf {
+  using type = vint;
+};
+template <>
+struct IntegersOf<double> {
+  using type = vlong;
+};
+template <class Acc>
+using Integers = typename IntegersOf<Acc>::type;
+
 template <class To, class From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -333,25 +345,35 @@ inline vdouble vexp2(vdouble x) {
   return x;
 }
 
-// Transposes one square block of 32-bit units held in registers, rows[i][j] <-> rows[j][i], in log2(lanes) steps of
-// swapping the off-diagonal halves of ever smaller blocks.
-inline void transpose(vuint (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int h = kLanes / 2; h >= 1; h /= 2) {
-    vuint low, high;
-#pragma GCC unroll 16
+// Which lanes of rows i and i + h, counted through both, the two rows have after their off-diagonal blocks of h changed
+// places. In memory: built in registers the numbers would cost more than the shuffles.
+template <int h>
+struct SwappedLanes {
+  alignas(kVectorBytes) uint32_t low[kLanes], high[kLanes];
+  constexpr SwappedLanes() : low{}, high{} {
     for (int lane = 0; lane < kLanes; ++lane) {
-      low[lane] = (lane & h) ? kLanes + lane - h : lane;
-      high[lane] = (lane & h) ? kLanes + lane : lane + h;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & h) continue;
-      const vuint a = rows[i], b = rows[i + h];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + h] = __builtin_shuffle(a, b, high);
+      low[lane] = static_cast<uint32_t>((lane & h) ? kLanes + lane - h : lane);
+      high[lane] = static_cast<uint32_t>((lane & h) ? kLanes + lane : lane + h);
     }
   }
+};
+
+// Transposes one square block of 32-bit units held in registers, rows[i][j] <-> rows[j][i], in log2(lanes) steps of
+// swapping the off-diagonal halves of ever smaller blocks.
+template <int h = kLanes / 2>
+inline __attribute__((always_inline)) void transpose(vuint (&rows)[kLanes]) {
+  static constexpr SwappedLanes<h> lanes;
+  vuint low, high;
+  memcpy(&low, lanes.low, sizeof(low));
+  memcpy(&high, lanes.high, sizeof(high));
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & h) continue;
+    const vuint a = rows[i], b = rows[i + h];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + h] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (h > 1) transpose<h / 2>(rows);
 }
 
 }  // namespace pymm::PYMM_ISA
