@@ -1,0 +1,68 @@
+"""The shapes of attention's tiles, and the launch's options: the largest that spill no register."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pymm.triton_kernels._attention import split
+
+WIDEST, WIDEST_EXACT = 256, 128  # head dimension, and that of float32
+WHOLE_ROW = 288  # columns up to which a tile's rows of scores stay on chip
+FEW_ROWS = 16  # query rows of one key head up to which a call is decoding
+CHUNKS = 32  # parts of decoding, at most
+TOGETHER = 1088  # rows and columns up to which one kernel makes dq, dk and dv
+
+
+def _widths(d: int, dv: int) -> dict[str, int]:
+    (dh, dt), (vh, vt) = (split(n) if n <= 128 else (WIDEST, 0) for n in (d, dv))
+    return {"DH": dh, "DT": dt, "VH": vh, "VT": vt}
+
+
+def forward_tile(
+    dtype: torch.dtype, d: int, dv: int, columns: int, mask: bool = False, dropout: bool = False
+) -> dict[str, Any]:
+    """Of the forward kernel. A mask's addresses and dropout's words take the registers of whole rows."""
+    widths, wide = _widths(d, dv), max(d, dv)
+    if dtype == torch.float32:
+        return {**widths, "WHOLE": False, "BS_TAIL": 0, **_exact_tile(wide)}
+    if columns <= WHOLE_ROW and wide <= 128 and not (mask or dropout):
+        bs, tail = split(columns)
+        if bs + tail <= 128:
+            return {**widths, "WHOLE": True, "BT": 64, "BS": bs, "BS_TAIL": tail,
+                    "num_warps": 4, "num_stages": 1}  # fmt: skip
+        if not widths["DT"] and not widths["VT"]:
+            return {**widths, "WHOLE": True, "BT": 32, "BS": bs, "BS_TAIL": tail,
+                    "num_warps": 8, "num_stages": 1}  # fmt: skip
+    warps = 4 if wide <= 64 and not (mask or dropout) else 8
+    stages = 1 if mask or dropout else 2
+    return {**widths, "WHOLE": False, "BT": 64 if wide <= 128 else 32, "BS": 64, "BS_TAIL": 0,
+            "num_warps": warps, "num_stages": stages}  # fmt: skip
+
+
+def _exact_tile(wide: int) -> dict[str, int]:
+    """In float32, forward and backward alike: then both add up a score in one order, and find one number."""
+    return {"BT": 16, "BS": 32 if wide <= 64 else 16, "num_warps": 8, "num_stages": 1}
+
+
+def decode_tile(
+    dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False
+) -> dict[str, Any]:
+    """Of the forward kernel for at most `FEW_ROWS` rows."""
+    tile = forward_tile(dtype, d, dv, WHOLE_ROW + 1, mask, dropout)
+    return {**tile, "BT": FEW_ROWS, "num_warps": 4 if max(d, dv) <= 64 else 8}
+
+
+def backward_tile(
+    dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False
+) -> dict[str, Any]:
+    """Of the backward kernels."""
+    widths, wide = _widths(d, dv), max(d, dv)
+    if dtype == torch.float32:
+        return {**widths, **_exact_tile(wide)}
+    tails = widths["DT"] or widths["VT"]
+    bt = 16 if tails or wide > 128 or mask or dropout else 32
+    bs = 32 if tails or wide > 128 or dropout else 64
+    stages = 2 if wide <= 32 or wide > 128 or (dropout and not mask) else 1
+    return {**widths, "BT": bt, "BS": bs, "num_warps": 8, "num_stages": stages}
