@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from pymm import ops
-from pymm.benchmarks import BenchSettings, command, measure, peers, report, run, schema
+from pymm.benchmarks import BenchSettings, command, limits, measure, peers, report, run, schema
 from pymm.benchmarks.cases import Selection, cases, names, of_op
 from pymm.benchmarks.compare import moves
 from pymm.benchmarks.load import Load
@@ -395,6 +396,24 @@ def test_a_disturbed_row_says_so() -> None:
     row = dataclasses.replace(_result({8: (_times(1, 1, 1), _times(2, 2, 2))}).rows[0], others=0.4)
     assert "disturbed: others took 40% of the processor" in next(report.line(row))
     assert "disturbed" not in next(report.line(dataclasses.replace(row, others=0.02)))
+
+
+def test_peak_is_not_taken_from_the_start_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which every call waits 9 ms, and then does 1000 steps in a millisecond."""
+    clock = 0.0
+
+    def operations(dtype: str, steps: int) -> float:
+        nonlocal clock
+        clock += 9e-3 + steps * 1e-6
+        return float(steps)
+
+    monkeypatch.setattr(limits, "EXTENSION", SimpleNamespace(peak_operations=operations))
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: clock))
+    bound = limits.limits([(1000, 1000, 500)], 0, torch.float32, CPU)["peak"]
+    before = clock
+    bound.call()
+    rate = 1e9 / bound.factor / (clock - before)
+    assert 0.5e6 < rate < 1e6
 
 
 def test_interleaved_gives_all_a_turn_in_each_round() -> None:
