@@ -91,7 +91,7 @@ def compiled_at(
     )
     mask, dropout = bool(options["MASK"]), options["DROPOUT"]
     for columns in lengths:
-        tile = forward_tile(dtype, d, dv, columns, mask, dropout)
+        tile = forward_tile(dtype, d, dv, columns, mask, dropout, varlen)
         yield _compiled("forward", f"{label} S={columns}", attention_fwd_kernel, dtype,
                         {**base, **tile, "PACK": False})  # fmt: skip
     if not varlen:
@@ -109,7 +109,7 @@ def _compiled(
     what: str, label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]
 ) -> Compilation:
     pointer = POINTERS[dtype]
-    options = {k: constants.pop(k) for k in ("num_warps", "num_stages")}
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
     mask = "*u8" if constants["MASK"] == BOOL_MASK else pointer
     types = dict.fromkeys(("p_q", "p_k", "p_v", "p_dout", "p_dq", "p_dk", "p_dv"), pointer)
     types |= dict.fromkeys(("p_lse", "p_delta", "p_sum"), "*fp32") | {"p_mask": mask, "p_padding": "*u8"}

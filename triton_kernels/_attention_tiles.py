@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pymm.triton_kernels._attention import split
+from pymm.triton_kernels._common import EVERY_REGISTER
 
 WIDEST, WIDEST_EXACT = 256, 128  # head dimension, and that of float32
 WHOLE_ROW = 288  # columns up to which a tile's rows of scores stay on chip
@@ -21,9 +22,13 @@ def _widths(d: int, dv: int) -> dict[str, int]:
 
 
 def forward_tile(
-    dtype: torch.dtype, d: int, dv: int, columns: int, mask: bool = False, dropout: bool = False
-) -> dict[str, Any]:
-    """Of the forward kernel. A mask's addresses and dropout's words take the registers of whole rows."""
+    dtype: torch.dtype, d: int, dv: int, columns: int, mask: bool = False, dropout: bool = False,
+    varlen: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Of the forward kernel.
+
+    A mask's addresses and dropout's words take the registers of whole rows; so, less, do packed sequences.
+    """
     widths, wide = _widths(d, dv), max(d, dv)
     if dtype == torch.float32:
         return {**widths, "WHOLE": False, "BS_TAIL": 0, **_exact_tile(wide)}
@@ -35,15 +40,15 @@ def forward_tile(
         if not widths["DT"] and not widths["VT"]:
             return {**widths, "WHOLE": True, "BT": 32, "BS": bs, "BS_TAIL": tail,
                     "num_warps": 8, "num_stages": 1}  # fmt: skip
-    warps = 4 if wide <= 64 and not (mask or dropout) else 8
+    warps = 4 if wide <= 64 and not (mask or dropout or varlen) else 8
     stages = 1 if mask or dropout else 2
-    return {**widths, "WHOLE": False, "BT": 64 if wide <= 128 else 32, "BS": 64, "BS_TAIL": 0,
-            "num_warps": warps, "num_stages": stages}  # fmt: skip
+    return {**widths, "WHOLE": False, "BT": 64 if wide <= 128 else 32, "BS": 64 if wide <= 128 else 32,
+            "BS_TAIL": 0, "num_warps": warps, "num_stages": stages}  # fmt: skip
 
 
 def _exact_tile(wide: int) -> dict[str, int]:
     """In float32, forward and backward alike: then both add up a score in one order, and find one number."""
-    return {"BT": 16, "BS": 32 if wide <= 64 else 16, "num_warps": 8, "num_stages": 1}
+    return {"BT": 16, "BS": 32 if wide <= 64 else 16, "num_warps": 8, "num_stages": 1, **EVERY_REGISTER}
 
 
 def decode_tile(
@@ -65,4 +70,4 @@ def backward_tile(
     bt = 16 if tails or wide > 128 or mask or dropout else 32
     bs = 32 if tails or wide > 128 or dropout else 64
     stages = 2 if wide <= 32 or wide > 128 or (dropout and not mask) else 1
-    return {**widths, "BT": bt, "BS": bs, "num_warps": 8, "num_stages": stages}
+    return {**widths, "BT": bt, "BS": bs, "num_warps": 8, "num_stages": stages, **EVERY_REGISTER}

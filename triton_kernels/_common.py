@@ -11,6 +11,9 @@ from torch import Tensor
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 ROWS_AT_ONCE = 8192  # of which copies in float32 are made
+# An option of launches of at most 8 warps: a thread may have every register. Otherwise the assembler may
+# spill a few to fit a second block on a multiprocessor.
+EVERY_REGISTER = {"maxnreg": 255}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Compilation:
         kernel: the `triton.jit` function.
         signature: the type of each argument that is no constexpr: `"*bf16"`, `"i64"`, `"fp32"` ...
         constants: the value of each constexpr.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`, `maxnreg`.
         capabilities: the compute capabilities, times 10, on which it is launched.
     """
 

@@ -53,7 +53,7 @@ def _forward(
     p = packed.problem
     out = q.new_empty((p.rows, p.heads, p.value_width))
     lse = q.new_empty((p.heads, p.rows), dtype=torch.float32)
-    tile = forward_tile(q.dtype, p.width, p.value_width, TOGETHER, dropout=p.dropout)
+    tile = forward_tile(q.dtype, p.width, p.value_width, TOGETHER, dropout=p.dropout, varlen=True)
     tiles = packed.tiles(packed.cu_q, p.rows, tile["BT"])
     if lse.numel():
         attention_fwd_kernel[(tiles["TILES"] * p.heads,)](

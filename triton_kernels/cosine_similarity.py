@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pymm.triton_kernels._common import POINTERS, Compilation, cdiv, dot_precision, float_only
+from pymm.triton_kernels._common import EVERY_REGISTER, POINTERS, Compilation, cdiv, dot_precision, float_only
 
 TILE = 64  # rows and columns of the accumulators of one program
 
@@ -31,7 +31,9 @@ def _depth(dtype: torch.dtype) -> int:
 
 
 def _options(dtype: torch.dtype) -> dict[str, int]:
-    return {"num_warps": 8, "num_stages": 2} if dtype == torch.float32 else {"num_warps": 4, "num_stages": 3}
+    if dtype == torch.float32:
+        return {"num_warps": 8, "num_stages": 2, **EVERY_REGISTER}
+    return {"num_warps": 4, "num_stages": 3}
 
 
 @triton.jit

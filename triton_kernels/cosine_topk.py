@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pymm.triton_kernels._common import (
+    EVERY_REGISTER,
     POINTERS,
     Compilation,
     cdiv,
@@ -84,7 +85,10 @@ def _tile(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _options(dtype: torch.dtype, k: int) -> dict[str, int]:
-    return {"num_warps": 4 if k <= 32 else 8, "num_stages": 1 if dtype == torch.float32 else 2}
+    warps = 4 if k <= 32 else 8
+    if dtype == torch.float32:
+        return {"num_warps": warps, "num_stages": 1, **EVERY_REGISTER}
+    return {"num_warps": warps, "num_stages": 2}
 
 
 def _inverse_norms(t: Tensor) -> Tensor:

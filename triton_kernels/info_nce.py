@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pymm.triton_kernels._common import (
+    EVERY_REGISTER,
     POINTERS,
     Compilation,
     capability,
@@ -46,7 +47,10 @@ def _tile(dtype: torch.dtype, teacher: bool, backward: bool, capability: int) ->
 
 
 def _options(dtype: torch.dtype, teacher: bool, backward: bool) -> dict[str, int]:
-    return {"num_warps": 8, "num_stages": 2 if dtype == torch.float32 and (teacher or backward) else 3}
+    stages = 3
+    if dtype == torch.float32:
+        stages = 2 if backward and not teacher else 1
+    return {"num_warps": 8, "num_stages": stages, **EVERY_REGISTER}
 
 
 @dataclass(frozen=True)

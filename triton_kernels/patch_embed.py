@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pymm.triton_kernels._common import POINTERS, Compilation, cdiv, dot_precision, float_only
+from pymm.triton_kernels._common import EVERY_REGISTER, POINTERS, Compilation, cdiv, dot_precision, float_only
 
 TILE = 64
 
@@ -31,7 +31,7 @@ def _depth(dtype: torch.dtype) -> int:
 
 def _options(dtype: torch.dtype, normalized: bool) -> dict[str, int]:
     if dtype == torch.float32:
-        return {"num_warps": 8, "num_stages": 2}
+        return {"num_warps": 8, "num_stages": 2, **EVERY_REGISTER}
     return {"num_warps": 8 if normalized else 4, "num_stages": 3}
 
 

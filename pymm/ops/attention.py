@@ -76,7 +76,9 @@ def attention(
     Numerics:
         Scores, softmax and sums are in float32 at least. A row that may attend nowhere gives zeros and zero
         gradients. The dropout mask is a function of one seed drawn from torch's generator, the head, the row
-        and the column only, so backward sees the same mask and every backend draws it alike.
+        and the column only, so backward sees the same mask and every backend draws it alike. On a GPU
+        Triton makes each float32 product of three TF32 products, or of one where torch allows TF32, and
+        float32 heads of dimension above 128 go to the reference.
 
     Kept for backward: the arguments, the output and the log-sum-exp.
     """
