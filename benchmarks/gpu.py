@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--ops", nargs="*", default=sorted(REGISTRY), choices=sorted(REGISTRY))
+    parser.add_argument("--leave-out", help="test no sample whose label has this in it")
     parser.add_argument("--test-seconds", type=float, default=240, help="when to stop testing")
     parser.add_argument("--seconds", type=float, default=500, help="when to stop measuring")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))

@@ -39,7 +39,11 @@ def run_tests(settings: argparse.Namespace, end: float) -> list[dict[str, Any]]:
             if problem is None:
                 torch.manual_seed(0)
                 samples = [s.label for s in REGISTRY[name].samples(torch.float32)]
-                tasks += [(name, backend, i, label) for i, label in enumerate(samples)]
+                tasks += [
+                    (name, backend, i, label)
+                    for i, label in enumerate(samples)
+                    if not settings.leave_out or settings.leave_out not in label
+                ]
     if settings.workers == 1:
         return [row for task in tasks for row in _tested(*task, settings.device, end)]
     rows = []

@@ -38,7 +38,6 @@ _PLAIN += [
 _PLAIN += [
     (torch.float16, "ieee", 64, 64, (197, TOGETHER)),
     (torch.float32, EXACT, 64, 64, (TOGETHER,)),
-    (torch.float32, EXACT, 128, 128, (TOGETHER,)),
     (torch.float32, "tf32", 64, 64, (TOGETHER,)),
 ]
 # (type, mask, padding, causal, dropout)

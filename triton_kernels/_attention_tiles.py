@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 
 from pymm.triton_kernels._attention import split
 from pymm.triton_kernels._common import EVERY_REGISTER
 
-WIDEST, WIDEST_EXACT = 256, 128  # head dimension, and that of float32
+WIDEST, WIDEST_EXACT = 256, 64  # head dimension, and that of float32, whose products are three
 WHOLE_ROW = 288  # columns up to which a tile's rows of scores stay on chip
 FEW_ROWS = 16  # query rows of one key head up to which a call is decoding
 CHUNKS = 32  # parts of decoding, at most
 TOGETHER = 1088  # rows and columns up to which one kernel makes dq, dk and dv
 
 
-def _widths(d: int, dv: int) -> dict[str, int]:
-    (dh, dt), (vh, vt) = (split(n) if n <= 128 else (WIDEST, 0) for n in (d, dv))
+def _widths(dtype: torch.dtype, d: int, dv: int) -> dict[str, int]:
+    """In float32 there are no tails: the parts of their products take more registers than the zeros."""
+    exact = dtype == torch.float32
+    parts = ((max(16, triton.next_power_of_2(n)), 0) if exact or n > 128 else split(n) for n in (d, dv))
+    (dh, dt), (vh, vt) = parts
     return {"DH": dh, "DT": dt, "VH": vh, "VT": vt}
 
 
@@ -29,9 +33,9 @@ def forward_tile(
 
     A mask's addresses and dropout's words take the registers of whole rows; so, less, do packed sequences.
     """
-    widths, wide = _widths(d, dv), max(d, dv)
+    widths, wide = _widths(dtype, d, dv), max(d, dv)
     if dtype == torch.float32:
-        return {**widths, "WHOLE": False, "BS_TAIL": 0, **_exact_tile(wide)}
+        return {**widths, "WHOLE": False, "BS_TAIL": 0, **EXACT_TILE}
     if columns <= WHOLE_ROW and wide <= 128 and not (mask or dropout):
         bs, tail = split(columns)
         if bs + tail <= 128:
@@ -46,9 +50,8 @@ def forward_tile(
             "BS_TAIL": 0, "num_warps": warps, "num_stages": stages}  # fmt: skip
 
 
-def _exact_tile(wide: int) -> dict[str, int]:
-    """In float32, forward and backward alike: then both add up a score in one order, and find one number."""
-    return {"BT": 16, "BS": 32 if wide <= 64 else 16, "num_warps": 8, "num_stages": 1, **EVERY_REGISTER}
+# In float32, forward and backward alike: then both add up a score in one order, and find one number.
+EXACT_TILE = {"BT": 16, "BS": 32, "num_warps": 8, "num_stages": 1, **EVERY_REGISTER}
 
 
 def decode_tile(
@@ -63,9 +66,9 @@ def backward_tile(
     dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False
 ) -> dict[str, Any]:
     """Of the backward kernels."""
-    widths, wide = _widths(d, dv), max(d, dv)
+    widths, wide = _widths(dtype, d, dv), max(d, dv)
     if dtype == torch.float32:
-        return {**widths, **_exact_tile(wide)}
+        return {**widths, **EXACT_TILE}
     tails = widths["DT"] or widths["VT"]
     bt = 16 if tails or wide > 128 or mask or dropout else 32
     bs = 32 if tails or wide > 128 or dropout else 64

@@ -78,7 +78,7 @@ def attention(
         gradients. The dropout mask is a function of one seed drawn from torch's generator, the head, the row
         and the column only, so backward sees the same mask and every backend draws it alike. On a GPU
         Triton makes each float32 product of three TF32 products, or of one where torch allows TF32, and
-        float32 heads of dimension above 128 go to the reference.
+        float32 heads of dimension above 64 go to the reference.
 
     Kept for backward: the arguments, the output and the log-sum-exp.
     """

@@ -34,10 +34,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return gpu
 
 
-def test_runs_every_sample_in_the_interpreter(tmp_path: Path) -> None:
+def test_runs_samples_in_the_interpreter(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--workers", "1"]
     done = subprocess.run(
-        [*command, "--ops", "triplet_loss", "--out", str(tmp_path)],
+        [*command, "--ops", "triplet_loss", "--leave-out", "many rows", "--out", str(tmp_path)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -45,8 +45,10 @@ def test_runs_every_sample_in_the_interpreter(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "gpu.json").read_text())
-    samples = len(list(REGISTRY["triplet_loss"].samples(torch.float32)))
-    assert len(result["tests"]) == 3 * samples
+    samples = [s.label for s in REGISTRY["triplet_loss"].samples(torch.float32)]
+    samples = [label for label in samples if "many rows" not in label]  # half a minute of the interpreter
+    assert sorted({t["sample"] for t in result["tests"]}) == sorted(samples)
+    assert len(result["tests"]) == 3 * len(samples)
     assert {t["status"] for t in result["tests"]} == {"ok"}
 
 
