@@ -41,13 +41,13 @@ def forward_tile(
         if bs + tail <= 128:
             return {**widths, "WHOLE": True, "BT": 64, "BS": bs, "BS_TAIL": tail,
                     "num_warps": 4, "num_stages": 1}  # fmt: skip
-        if not widths["DT"] and not widths["VT"]:
+        if wide <= 64 and not widths["DT"] and not widths["VT"]:
             return {**widths, "WHOLE": True, "BT": 32, "BS": bs, "BS_TAIL": tail,
                     "num_warps": 8, "num_stages": 1}  # fmt: skip
     warps = 4 if wide <= 64 and not (mask or dropout or varlen) else 8
     stages = 1 if mask or dropout else 2
     return {**widths, "WHOLE": False, "BT": 64 if wide <= 128 else 32, "BS": 64 if wide <= 128 else 32,
-            "BS_TAIL": 0, "num_warps": warps, "num_stages": stages}  # fmt: skip
+            "BS_TAIL": 0, "num_warps": warps, "num_stages": stages, **EVERY_REGISTER}  # fmt: skip
 
 
 # In float32, forward and backward alike: then both add up a score in one order, and find one number.
