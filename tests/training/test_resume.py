@@ -38,7 +38,7 @@ def slow(function):
 
 checkpoint.sync_file = slow(checkpoint.sync_file)
 checkpoint.save_tensors = slow(checkpoint.save_tensors)
-for line in sys.stdin:
+while line := sys.stdin.readline():
     pid = os.fork()
     if pid == 0:
         directory, steps = line.split()
@@ -47,6 +47,7 @@ for line in sys.stdin:
         result = fit(given, on_step=lambda line: time.sleep(0.005))
         os._exit(0 if result.status == "completed" else 3)
     print(pid, flush=True)
+    sys.stdin.readline()  # until it is waited for, a run that has ended can still be sent a signal
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -75,8 +76,9 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path: Path) -> None:
         print(killed, STEPS, file=server.stdin, flush=True)
         pid = int(server.stdout.readline())
         if attempt < 8:
-            time.sleep(rng.uniform(0.02, 0.5))
+            time.sleep(rng.uniform(0.02, 0.4))
             os.kill(pid, signal.SIGKILL)
+        print("wait", file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         kills += status == -signal.SIGKILL
         if status == 0:
