@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ def shape(t: Tensor) -> str:
 
 def check_shape(op: str, argument: str, t: Tensor, expected: tuple[int | str, ...]) -> None:
     """Require `t` to have the shape `expected`; a string stands for any size and is what the error shows."""
-    fits = t.ndim == len(expected) and all(
-        isinstance(e, str) or e == n for e, n in zip(expected, t.shape, strict=True)
-    )
+    got = t.shape
+    fits = len(got) == len(expected)
+    if fits:
+        for e, n in zip(expected, got, strict=True):
+            fits = fits and (isinstance(e, str) or e == n)
     if not fits:
         wanted = f"({', '.join(str(e) for e in expected)}{',' if len(expected) == 1 else ''})"
         fail(op, argument, wanted, shape(t))
@@ -50,12 +52,16 @@ def check_device(op: str, first: str, a: Tensor, name: str, b: Tensor) -> None:
         fail(op, name, f"on {first}'s device {a.device}", b.device)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast floating tensors to autocast's type where autocast is on for their device, as torch's matmuls do.
 
     float64 is left alone, as torch leaves it.
     """
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
+    device = "meta"
+    for t in tensors:
+        if isinstance(t, Tensor):
+            device = t.device.type
+            break
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -17,7 +17,7 @@ import torch
 
 from pymm.ops import _gpu
 from pymm.ops._extension import EXTENSION, PROBLEM
-from pymm.ops._record import NAMESPACES, REGISTRY
+from pymm.ops._record import REGISTRY, entry
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
@@ -172,9 +172,8 @@ def call(op: str, *arguments: Any) -> Any:
     if _explaining is not None and _explaining == threading.get_ident():
         raise _Found(_select(op, arguments))
     if not _choices and arguments[0].is_cpu and REGISTRY[op].limits is None:
-        return getattr(torch.ops.pymm, op).default(*arguments)
-    namespace = NAMESPACES[_select(op, arguments).backend]
-    return getattr(getattr(torch.ops, namespace), op).default(*arguments)
+        return entry("cpu", op)(*arguments)
+    return entry(_select(op, arguments).backend, op)(*arguments)
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

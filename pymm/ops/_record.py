@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pymm.ops._autograd import Entry, connect
+
 NAMESPACES = {"cpu": "pymm", "reference": "pymm_reference", "triton": "pymm_triton", "cuda": "pymm_cuda"}
 
 
@@ -109,7 +111,7 @@ class Op:
 
 REGISTRY: dict[str, Op] = {}
 _libraries: dict[str, torch.library.Library] = {}
-_defined: set[tuple[str, str]] = set()
+_entries: dict[tuple[str, str], Entry] = {}
 _lock = threading.RLock()
 
 
@@ -130,66 +132,20 @@ def library_of(backend: str, op: Op) -> torch.library.Library:
         if namespace not in _libraries:
             _libraries[namespace] = torch.library.Library(namespace, "DEF")
         library = _libraries[namespace]
-        if (namespace, op.name) not in _defined:
-            _defined.add((namespace, op.name))
+        if (backend, op.name) not in _entries:
             _define(library, namespace, op.name, op.forward)
             if op.backward is not None:
                 _define(library, namespace, f"{op.name}_backward", op.backward)
-                _connect(library, namespace, op)
+            _entries[backend, op.name] = connect(library, namespace, op)
         return library
+
+
+def entry(backend: str, name: str) -> Entry:
+    """What runs an op with a backend whose library has been made."""
+    return _entries[backend, name]
 
 
 def _define(library: torch.library.Library, namespace: str, name: str, kernel: Kernel) -> None:
     library.define(f"{name}{kernel.schema}", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::{name}", kernel.fake, lib=library)
-
-
-def _connect(library: torch.library.Library, namespace: str, op: Op) -> None:
-    assert op.backward is not None
-    assert op.backward_call is not None
-    packet = getattr(getattr(torch.ops, namespace), f"{op.name}_backward")
-    backward_op = packet.default
-    backward_call = op.backward_call
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return backward_call(ctx, backward_op, *grads)
-
-    torch.library.register_autograd(
-        f"{namespace}::{op.name}", backward, setup_context=op.setup_context, lib=library
-    )
-    _connect_double_backward(library, f"{namespace}::{op.name}_backward", op.backward.reference)
-
-
-def _connect_double_backward(
-    library: torch.library.Library, qualname: str, reference: Callable[..., Any]
-) -> None:
-    """Differentiate a backward op through its reference formula, which is plain torch."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-        ctx.save_for_backward(*tensors)
-        ctx.layout = tuple(None if isinstance(x, torch.Tensor) else (x,) for x in inputs)
-
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        arguments = [next(saved) if slot is None else slot[0] for slot in ctx.layout]
-        with torch.enable_grad():
-            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            for i in wanted:
-                arguments[i] = arguments[i].detach().requires_grad_()
-            outputs = reference(*arguments)
-            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                [arguments[i] for i in wanted],
-                [g for _, g in pairs],
-                allow_unused=True,
-            )
-        result: list[Any] = [None] * len(arguments)
-        for i, gradient in zip(wanted, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
-
-    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def attention(
 
     Kept for backward: the arguments, the output and the log-sum-exp.
     """
-    q, k, v = cast(tuple[Tensor, Tensor, Tensor], autocast(q, k, v))
+    q, k, v = autocast(q, k, v)
     check_same(NAME, "q", q, k=k, v=v)
     unbatched = q.ndim == 3
     if unbatched:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def attention_varlen(
 
     Kept for backward: the arguments, the output and the log-sum-exp.
     """
-    q, k, v = cast(tuple[Tensor, Tensor, Tensor], autocast(q, k, v))
+    q, k, v = autocast(q, k, v)
     check_same(NAME, "q", q, k=k, v=v)
     check_shape(NAME, "q", q, ("total_q", "H", "D"))
     heads, width = q.shape[1:]

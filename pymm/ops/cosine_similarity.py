@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def cosine_similarity(
 
     Kept for backward: the inverse norms, N + M numbers.
     """
-    x, y = cast(tuple[Tensor, Tensor], autocast(x, y))
+    x, y = autocast(x, y)
     check_same(NAME, "x", x, y=y)
     if x.ndim < 2:
         fail(NAME, "x", "(..., N, D)", shape(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def cosine_topk(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Kept for backward: the inputs and the indices.
     """
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        x, y = cast(tuple[Tensor, Tensor], autocast(x, y))
+        x, y = autocast(x, y)
     check_same(NAME, "x", x)
     if not isinstance(y, Tensor):
         fail(NAME, "y", "a tensor", type(y).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,9 +85,8 @@ def info_nce(
     `info_nce(image, text_m, scale, symmetric=False, negatives_y=text_queue, teacher_x=image_m,
     teacher_y=text_m, alpha=0.4)`, and the other half is the same with image and text exchanged.
     """
-    x, y, negatives_x, negatives_y, teacher_x, teacher_y = cast(
-        tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-        autocast(x, y, negatives_x, negatives_y, teacher_x, teacher_y),
+    x, y, negatives_x, negatives_y, teacher_x, teacher_y = autocast(
+        x, y, negatives_x, negatives_y, teacher_x, teacher_y
     )
     check_same(
         NAME,

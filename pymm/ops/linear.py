@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,9 +56,7 @@ def linear(
     Kept for backward: x and weight, and with an activation its input `(..., N)` in the type of `x`, as
     `F.linear` followed by an activation keeps them; computing it again would cost one product more.
     """
-    x, weight, bias, residual = cast(
-        tuple[Tensor, Tensor, Tensor | None, Tensor | None], autocast(x, weight, bias, residual)
-    )
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_same(NAME, "x", x, weight=weight, bias=bias, residual=residual)
     if x.ndim < 1:
         fail(NAME, "x", "(..., K)", shape(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def mined_triplet_loss(
     numbers per anchor; the other minings select again.
     """
     if isinstance(x, Tensor) and (y is None or isinstance(y, Tensor)):
-        x, y = cast(tuple[Tensor, Tensor | None], autocast(x, y))
+        x, y = autocast(x, y)
     check_same(NAME, "x", x, y=y)
     check_shape(NAME, "x", x, ("N", "D"))
     if y is not None:

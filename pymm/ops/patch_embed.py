@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +68,8 @@ def patch_embed(
 
     Kept for backward: pixels, weight, `keep`, `mask`, `mean`, `std`; no patch matrix.
     """
-    pixels, weight, bias, prefix, position, mask_token = cast(
-        tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-        autocast(pixels, weight, bias, prefix, position, mask_token),
+    pixels, weight, bias, prefix, position, mask_token = autocast(
+        pixels, weight, bias, prefix, position, mask_token
     )
     check_same(NAME, "weight", weight, bias=bias, prefix=prefix, position=position, mask_token=mask_token)
     _check_kind("pixels", pixels, (torch.uint8, weight.dtype), f"uint8 or of weight's type {weight.dtype}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def sigmoid_contrastive(
 
     Kept for backward: the arguments.
     """
-    x, y = cast(tuple[Tensor, Tensor], autocast(x, y))
+    x, y = autocast(x, y)
     check_same(NAME, "x", x, y=y)
     check_shape(NAME, "x", x, ("N", "E"))
     check_shape(NAME, "y", y, tuple(x.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def triplet_loss(
     Kept for backward: the inputs.
     """
     if all(isinstance(t, Tensor) for t in (anchor, positive, negative)):
-        anchor, positive, negative = cast(tuple[Tensor, Tensor, Tensor], autocast(anchor, positive, negative))
+        anchor, positive, negative = autocast(anchor, positive, negative)
     check_same(NAME, "anchor", anchor, positive=positive, negative=negative)
     if anchor.ndim < 1:
         fail(NAME, "anchor", "(..., D)", shape(anchor))
