@@ -99,28 +99,32 @@ void forward_of(const InfoNceProblem<T>& p, Accumulator<T>* losses, double* lse)
       },
       [&](int set, int64_t first, int64_t count, int64_t) {
         if (set == 0 && p.symmetric) {
-          for (const Side<Acc>& part : columns) y.add(first, count, part);
+          parallel_ranges(count, kLeastRows, [&](int64_t begin, int64_t end) {
+            for (const Side<Acc>& part : columns) y.add(first, begin, end, part);
+          });
         }
       });
 
   const Side<Acc>* const sides[] = {&x, &y};
   const int count = p.symmetric ? 2 : 1;
-  for (int64_t i = 0; i < p.n; ++i) {
-    double loss = 0;
-    for (int side = 0; side < count; ++side) {
-      const Side<Acc>& s = *sides[side];
-      const double positive = p.ids.empty() ? static_cast<double>(partner[i]) : s.equal[i] * p.share[i];
-      const double excess =
-          p.ids.empty() ? s.student.excess(i, p.scale * positive) : s.student.lse(i) - p.scale * positive;
-      double target = (p.hard - 1) * positive;
-      if (smooth) target += p.smooth[side] * s.all[i];
-      if (p.teacher) target += p.soft * (s.teacher.weighted[i] / s.teacher.sum[i]);
-      loss += excess - p.scale * target;
-      lse[side * p.n + i] = p.scale * positive + excess;
-      if (p.teacher) lse[(count + side) * p.n + i] = s.teacher.lse(i);
+  parallel_ranges(p.n, kLeastRows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double loss = 0;
+      for (int side = 0; side < count; ++side) {
+        const Side<Acc>& s = *sides[side];
+        const double positive = p.ids.empty() ? static_cast<double>(partner[i]) : s.equal[i] * p.share[i];
+        const double excess =
+            p.ids.empty() ? s.student.excess(i, p.scale * positive) : s.student.lse(i) - p.scale * positive;
+        double target = (p.hard - 1) * positive;
+        if (smooth) target += p.smooth[side] * s.all[i];
+        if (p.teacher) target += p.soft * (s.teacher.weighted[i] / s.teacher.sum[i]);
+        loss += excess - p.scale * target;
+        lse[side * p.n + i] = p.scale * positive + excess;
+        if (p.teacher) lse[(count + side) * p.n + i] = s.teacher.lse(i);
+      }
+      losses[i] = static_cast<Acc>(loss / count);
     }
-    losses[i] = static_cast<Acc>(loss / count);
-  }
+  });
 }
 
 template <class T>

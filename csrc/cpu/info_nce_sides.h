@@ -10,11 +10,13 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/host.h"
 #include "cpu/simd/info_nce.h"
 #include "cpu/types.h"
 
 namespace pymm {
 
+constexpr int64_t kLeastRows = 64;          // whose exponentials and logarithms are worth a thread
 constexpr double kAbove = 60, kBelow = 40;  // e^60 summed a million times is finite; e^-87 * e^40 is nothing
 
 // The reference of the last tile, kept as long as it serves.
@@ -45,9 +47,11 @@ struct Softmax {
 
   void refer(int64_t i, Acc to) {
     if (reference[i] == to) return;
-    const double factor = std::exp(static_cast<double>(reference[i]) - static_cast<double>(to));
-    if (sum[i] != 0) sum[i] *= factor;
-    if (!weighted.empty() && weighted[i] != 0) weighted[i] *= factor;
+    if (sum[i] != 0) {
+      const double factor = std::exp(static_cast<double>(reference[i]) - static_cast<double>(to));
+      sum[i] *= factor;
+      if (!weighted.empty()) weighted[i] *= factor;
+    }
     reference[i] = to;
   }
   // Moves rows to the reference of a tile, or to their own maxima.
@@ -57,7 +61,9 @@ struct Softmax {
   // Adds the sums that another part made of the same row.
   void add(int64_t i, const Softmax& other, int64_t j) {
     if (!(other.reference[j] <= reference[i])) refer(i, other.reference[j]);
-    const double factor = std::exp(static_cast<double>(other.reference[j]) - static_cast<double>(reference[i]));
+    const bool same = other.reference[j] == reference[i];
+    const double factor =
+        same ? 1.0 : std::exp(static_cast<double>(other.reference[j]) - static_cast<double>(reference[i]));
     sum[i] += other.sum[j] * factor;
     if (!weighted.empty()) weighted[i] += other.weighted[j] * factor;
     max[i] = max[i] > other.max[j] ? max[i] : other.max[j];
@@ -78,8 +84,9 @@ struct Side {
   Side(int64_t n, bool with_teacher)
       : student(n, false), teacher(with_teacher ? n : 0, with_teacher), equal(n), all(n) {}
 
-  void add(int64_t first, int64_t count, const Side& part) {
-    for (int64_t i = 0; i < count; ++i) {
+  // Adds rows [begin, end) of what a part found; its row 0 is row `first` here.
+  void add(int64_t first, int64_t begin, int64_t end, const Side& part) {
+    for (int64_t i = begin; i < end; ++i) {
       student.add(first + i, part.student, i);
       if (!teacher.sum.empty()) teacher.add(first + i, part.teacher, i);
       equal[first + i] += part.equal[i];
@@ -108,12 +115,14 @@ struct GradientWeights {
     for (int side = 0; side < sides; ++side) {
       reference[side].resize(n);
       weight[side].resize(n);
-      for (int64_t i = 0; i < n; ++i) {
-        const double own = lse[side * n + i];
-        reference[side][i] = static_cast<Acc>(own);
-        const double to = static_cast<double>(shared ? tile : reference[side][i]);
-        weight[side][i] = static_cast<Acc>(share * g[i] * std::exp(to - own));
-      }
+      parallel_ranges(n, kLeastRows, [&, side](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const double own = lse[side * n + i];
+          reference[side][i] = static_cast<Acc>(own);
+          const double to = static_cast<double>(shared ? tile : reference[side][i]);
+          weight[side][i] = static_cast<Acc>(share * g[i] * std::exp(to - own));
+        }
+      });
     }
   }
 };

@@ -55,15 +55,23 @@ class RowBlocks {
  public:
   template <class T>
   RowBlocks(const Pairs<T>& pairs, int column_set, int64_t most_rows, int64_t unit) {
-    for (int set = 0; set < (column_set == 0 ? 2 : 1); ++set) {
-      const int64_t n = pairs.rows[set].n, threads = thread_count();
-      if (n == 0) continue;
-      // As many blocks as a multiple of the threads, so that all finish together.
-      const int64_t rounds = ceil_div(n, threads * most_rows);
-      const int64_t rows = min_of(most_rows, round_up(ceil_div(n, threads * rounds), unit));
-      for (int64_t row = 0; row < n; row += rows) blocks_.push_back({set, row, min_of(rows, n - row)});
+    const int sets = column_set == 0 ? 2 : 1;
+    int64_t tiles[2] = {};
+    for (int set = 0; set < sets; ++set) tiles[set] = ceil_div(pairs.rows[set].n, unit);
+    parts_ = min_of(thread_count(), max_of(tiles[0], tiles[1]));
+    // Each part gets as many register tiles as every other, and cuts them into blocks of one size.
+    for (int64_t part = 0; part < parts_; ++part) {
+      first_.push_back(blocks_.size());
+      for (int set = 0; set < sets; ++set) {
+        const int64_t begin = tiles[set] * part / parts_, count = tiles[set] * (part + 1) / parts_ - begin;
+        const int64_t blocks = ceil_div(count, most_rows / unit);
+        for (int64_t i = 0; i < blocks; ++i) {
+          const int64_t row = (begin + count * i / blocks) * unit;
+          blocks_.push_back({set, row, min_of(pairs.rows[set].n, (begin + count * (i + 1) / blocks) * unit) - row});
+        }
+      }
     }
-    parts_ = min_of(thread_count(), static_cast<int64_t>(blocks_.size()));
+    first_.push_back(blocks_.size());
   }
 
   int64_t parts() const { return parts_; }
@@ -71,12 +79,12 @@ class RowBlocks {
   // f(part) in parallel; of(part, f) calls f(block) for each block of a part, in order.
   template <class F>
   void of(int64_t part, F&& f) const {
-    const int64_t count = static_cast<int64_t>(blocks_.size());
-    for (int64_t i = count * part / parts_; i < count * (part + 1) / parts_; ++i) f(blocks_[i]);
+    for (size_t i = first_[part]; i < first_[part + 1]; ++i) f(blocks_[i]);
   }
 
  private:
   std::vector<RowBlock> blocks_;
+  std::vector<size_t> first_;  // block of each part
   int64_t parts_;
 };
 
