@@ -32,18 +32,26 @@ _SHORT = all(hasattr(torch._C, name) for name in _NAMES) and hasattr(forward_ad,
 
 @dataclass(frozen=True)
 class Entry:
-    """The two ways to a torch op: `op` through the dispatcher, `node` straight to autograd's graph."""
+    """The ways to a torch op.
+
+    Args:
+        op: through the dispatcher.
+        node: straight to autograd's graph.
+        transformed: the same for `torch.func`, whose form of a Function costs more.
+    """
 
     op: Callable[..., Any]
-    node: type[torch.autograd.Function] | None
+    node: type[torch.autograd.Function] | None = None
+    transformed: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         recorded = _recorded(arguments)
         if recorded is None:
+            if self.transformed is not None and _transforms():
+                return self.transformed.apply(*arguments)
             return self.op(*arguments)
         if not recorded:
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.op(*arguments)
+            return _below(self.op, arguments)
         return self.op(*arguments) if self.node is None else self.node.apply(*arguments)
 
 
@@ -52,9 +60,8 @@ def _recorded(arguments: tuple[Any, ...]) -> bool | None:
     if torch.compiler.is_compiling() or not _SHORT:
         return None
     state = torch._C
-    transforms = state._are_functorch_transforms_active()
-    if transforms or forward_ad._current_level >= 0:
-        _refuse_tangents(arguments, transforms)
+    if state._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _refuse_tangents(arguments)
         return None
     if (
         state._len_torch_dispatch_stack() != 0
@@ -72,9 +79,13 @@ def _recorded(arguments: tuple[Any, ...]) -> bool | None:
     return recorded and torch.is_grad_enabled()
 
 
-def _refuse_tangents(arguments: tuple[Any, ...], transforms: bool) -> None:
+def _transforms() -> bool:
+    return not torch.compiler.is_compiling() and _SHORT and torch._C._are_functorch_transforms_active()
+
+
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
     """Without this, a derivative in forward mode would silently be zero."""
-    stack = torch._C._functorch.get_interpreter_stack() or [] if transforms else []
+    stack = torch._C._functorch.get_interpreter_stack() or []
     if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) or any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
     ):
@@ -92,7 +103,7 @@ def connect(library: torch.library.Library, namespace: str, op: Op) -> Entry:
     assert op.setup_context is not None
     assert op.backward_call is not None
     setup_context, backward_call = op.setup_context, op.backward_call
-    run = Entry(_overload(namespace, f"{op.name}_backward"), None)
+    run = _double_backward(library, namespace, f"{op.name}_backward", op.backward.reference)
 
     def backward(ctx: Any, *grads: Any) -> Any:
         return backward_call(ctx, run, *grads)
@@ -100,20 +111,32 @@ def connect(library: torch.library.Library, namespace: str, op: Op) -> Entry:
     torch.library.register_autograd(
         f"{namespace}::{op.name}", backward, setup_context=setup_context, lib=library
     )
-    _connect_double_backward(library, f"{namespace}::{op.name}_backward", op.backward.reference)
 
     def record(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = forward(*arguments)
+        output = _below(forward, arguments)
         setup_context(ctx, arguments, output)
         return output
 
-    node = type(
-        f"{namespace}_{op.name}",
-        (torch.autograd.Function,),
-        {"forward": staticmethod(record), "backward": staticmethod(backward)},
-    )
-    return Entry(forward, node)
+    parts = {"forward": staticmethod(record), "backward": staticmethod(backward)}
+    node = type(f"{namespace}_{op.name}", (torch.autograd.Function,), parts)
+    return Entry(forward, node, _transformed(forward, setup_context, backward))
+
+
+def _transformed(
+    op: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    parts = {
+        "forward": staticmethod(lambda *arguments: _below(op, arguments)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    return type("transformed", (torch.autograd.Function,), parts)
+
+
+def _below(op: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def _overload(namespace: str, name: str) -> Callable[..., Any]:
@@ -121,9 +144,9 @@ def _overload(namespace: str, name: str) -> Callable[..., Any]:
     return overload
 
 
-def _connect_double_backward(
-    library: torch.library.Library, qualname: str, reference: Callable[..., Any]
-) -> None:
+def _double_backward(
+    library: torch.library.Library, namespace: str, name: str, reference: Callable[..., Any]
+) -> Entry:
     """Differentiate a backward op through its reference formula, which is plain torch."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -152,4 +175,8 @@ def _connect_double_backward(
             result[i] = gradient
         return tuple(result)
 
-    torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
+    )
+    op = _overload(namespace, name)
+    return Entry(op, None, _transformed(op, setup_context, backward))

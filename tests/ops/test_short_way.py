@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pymm import ops
 from pymm.ops import _autograd
-from pymm.ops._record import entry
+from pymm.ops._record import REGISTRY, Sample, entry
+from tests.ops.harness import samples
 
 
 class Seen(TorchDispatchMode):
@@ -122,12 +124,47 @@ def test_forward_mode_and_transforms_are_no_silent_zero(inputs: tuple[Tensor, Te
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: ops.linear(x, weight), (x,), (x,))
     with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: ops.linear(x, weight).sum())(x)
+        torch.func.jacrev(torch.func.jacrev(lambda x: ops.linear(x, weight).pow(2).sum()))(x)
 
 
-def test_vmap_goes_over_the_op(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _ = inputs
-    torch.testing.assert_close(torch.func.vmap(lambda x: ops.linear(x, weight))(x), ops.linear(x, weight))
+DIFFERENTIABLE = sorted(name for name, op in REGISTRY.items() if op.backward is not None)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_torch_func_differentiates(name: str) -> None:
+    op = REGISTRY[name]
+    compared = 0
+    for sample in samples(op, torch.float64):
+        x, *others = sample.args
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+            continue
+
+        def loss(x: Tensor, others: list[Any] = others, sample: Sample = sample) -> Tensor:
+            torch.manual_seed(1)
+            got = op.function(x, *others, **sample.kwargs)
+            parts = got if isinstance(got, (tuple, list)) else (got,)
+            return sum(p.square().sum() for p in parts if p.is_floating_point() and p.requires_grad)
+
+        leaf = x.detach().clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(torch.func.grad(loss)(x), expected, equal_nan=True)
+        compared += 1
+    assert compared
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_per_sample(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias = inputs
+
+    def loss(function: Any, weight: Tensor, x: Tensor) -> Tensor:
+        return function(x, weight, bias).square().sum()
+
+    got, expected = (
+        torch.func.vmap(torch.func.grad(partial(loss, function)), (None, 0))(weight, x)
+        for function in (ops.linear, torch.nn.functional.linear)
+    )
+    assert got.shape == (5, 4, 7)
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_backend_without_a_gradient_is_the_op_alone() -> None:
