@@ -1,9 +1,10 @@
 // What attention and attention_varlen share: how a call's problems, one per key head, become tasks.
 //
-// Forward: a task is a range of the rows of one problem. Backward: a task is a range of the columns of one problem, or
-// of several that add to one mask gradient; so nothing is added to by two threads. Where tasks see only some of the
-// columns, their parts of dq are kept apart and joined in a fixed order. Ranges depend on the number of threads only
-// when there are fewer problems than twice the threads.
+// Forward: a task is a range of the rows of one problem, or of its columns where it has few rows (decoding); then the
+// parts are joined in their order, and ranges depend on nothing but the shapes. Backward: a task is a range of the
+// columns of one problem, or of several that add to one mask gradient; so nothing is added to by two threads. Where
+// tasks see only some of the columns, their parts of dq are kept apart and joined in a fixed order. Ranges depend on
+// the number of threads only when there are fewer problems than twice the threads.
 #pragma once
 
 #include <functional>

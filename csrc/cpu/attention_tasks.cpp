@@ -7,8 +7,11 @@ namespace pymm {
 namespace {
 
 constexpr int64_t kFewestRows = 128, kMostRows = 2048;  // of a forward task
-constexpr int64_t kColumnStep = 64;                     // dropout draws 64 columns at a time
-constexpr int64_t kLeastTasks = 8;                      // so that up to four threads share work, and bits, alike
+constexpr int64_t kDecodedRows = 16;                    // of a problem whose columns are shared out, not its rows
+constexpr int64_t kDecodedColumns = 512;                // of a part of it at least
+constexpr int64_t kMostParts = 64;
+constexpr int64_t kColumnStep = 64;  // dropout draws 64 columns at a time
+constexpr int64_t kLeastTasks = 8;   // so that up to four threads share work, and bits, alike
 
 // f(task, scratch) for every task, the next one to whoever is free.
 template <class F>
@@ -22,6 +25,12 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, F&& f) {
 
 struct Range {
   int64_t problem, first, count;
+};
+
+// A task of the forward pass: a range of a problem's rows, or, where it has few, of its columns into part `part`.
+struct ForwardTask {
+  Range range;
+  int64_t part = -1;
 };
 
 }  // namespace
@@ -54,27 +63,52 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
 }
 
 void attention_forward(const AttentionProblems& problems, const std::function<AttentionForward(int64_t)>& target) {
-  const AttentionKernels& kernels = attention_for(problems.dtype);
+  const auto& by_rows = attention_forward_table().for_dtype[static_cast<int>(problems.dtype)];
+  const auto& by_columns = attention_decode_table().for_dtype[static_cast<int>(problems.dtype)];
   const AttentionCall& call = problems.call;
   const int64_t wanted = problems.count ? ceil_div(4 * thread_count(), problems.count) : 1;
-  std::vector<Range> tasks;
-  int64_t bytes = 0;
+  std::vector<ForwardTask> tasks;
+  std::vector<int64_t> first_part(problems.count), parts_of(problems.count);
+  int64_t bytes = 0, part_bytes = 0, parts = 0;
   for (int64_t i = 0; i < problems.count; ++i) {
     const AttentionHead head = problems.head(i);
     const int64_t rows = call.heads * head.rows;
-    const int64_t step = min_of(kMostRows, max_of(kFewestRows, round_up(ceil_div(rows, wanted), 64)));
-    for (int64_t first = 0; first < rows; first += step) tasks.push_back({i, first, min_of(step, rows - first)});
-    if (rows > 0) bytes = max_of(bytes, kernels.forward_bytes(call, head, min_of(step, rows)));
+    if (rows > kDecodedRows) {
+      const int64_t step = min_of(kMostRows, max_of(kFewestRows, round_up(ceil_div(rows, wanted), 64)));
+      for (int64_t first = 0; first < rows; first += step) tasks.push_back({{i, first, min_of(step, rows - first)}});
+      bytes = max_of(bytes, by_rows.bytes(call, head, min_of(step, rows)));
+    } else if (rows > 0) {
+      const int64_t step = max_of(kDecodedColumns, round_up(ceil_div(head.columns, kMostParts), kColumnStep));
+      first_part[i] = parts;
+      parts_of[i] = max_of(1, ceil_div(head.columns, step));
+      for (int64_t part = 0; part < parts_of[i]; ++part) {
+        tasks.push_back({{i, part * step, min_of(step, head.columns - part * step)}, parts++});
+      }
+      bytes = max_of(bytes, by_columns.bytes(call, head));
+      part_bytes = max_of(part_bytes, by_columns.part_bytes(call, head));
+    }
   }
+  const Scratch results(parts * part_bytes);
+  std::vector<std::atomic<int64_t>> done(problems.count);
   run_tasks(static_cast<int64_t>(tasks.size()), bytes, [&](int64_t task, void* scratch) {
-    const Range& range = tasks[task];
-    kernels.forward(call, problems.head(range.problem), target(range.problem), range.first, range.count, scratch);
+    const auto& [range, part] = tasks[task];
+    const int64_t problem = range.problem;
+    const AttentionHead head = problems.head(problem);
+    if (part < 0) {
+      by_rows.run(call, head, target(problem), range.first, range.count, scratch);
+      return;
+    }
+    by_columns.run(call, head, range.first, range.count, results.as<void>(part * part_bytes), scratch);
+    // Whoever computes the last part of a problem joins all of them, in their order.
+    if (++done[problem] < parts_of[problem]) return;
+    by_columns.join(call, head, target(problem), results.as<void>(first_part[problem] * part_bytes), part_bytes,
+                    parts_of[problem]);
   });
 }
 
 void attention_backward(const AttentionProblems& problems, const std::function<AttentionBackward(int64_t)>& target,
                         const MaskGradientTasks& mask) {
-  const AttentionKernels& kernels = attention_for(problems.dtype);
+  const auto& kernels = attention_backward_table().for_dtype[static_cast<int>(problems.dtype)];
   const AttentionCall& call = problems.call;
   const int64_t owners = mask.owners.empty() ? problems.count : static_cast<int64_t>(mask.owners.size());
   if (problems.count == 0) return;
@@ -93,7 +127,7 @@ void attention_backward(const AttentionProblems& problems, const std::function<A
   const int64_t ranges = max_of(1, ceil_div(columns, step));
   for (int64_t i = 0; i < problems.count; ++i) {
     const AttentionHead head = problems.head(i);
-    bytes = max_of(bytes, kernels.backward_bytes(call, head, min_of(step, head.columns)));
+    bytes = max_of(bytes, kernels.bytes(call, head, min_of(step, head.columns)));
   }
 
   const int64_t acc_bytes = problems.dtype == DType::f64 ? 8 : 4;
@@ -112,7 +146,7 @@ void attention_backward(const AttentionProblems& problems, const std::function<A
       if (ranges > 1) {
         with.dq_partial = parts.as<char>((range * part_elements + first_row[problem] * call.d) * acc_bytes);
       }
-      kernels.backward(call, head, with, first, min_of(step, head.columns - first), scratch);
+      kernels.run(call, head, with, first, min_of(step, head.columns - first), scratch);
     }
   });
   if (ranges == 1) return;

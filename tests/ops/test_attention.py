@@ -397,6 +397,31 @@ def test_same_bits_on_a_rerun_and_with_another_thread_count(heads: int, threads)
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("h", "hkv", "t", "d", "dv"), [(8, 2, 1, 128, 128), (3, 3, 5, 45, 70), (7, 1, 2, 8, 33)]
+)
+def test_few_rows_over_parts_of_the_keys(
+    h: int, hkv: int, t: int, d: int, dv: int, dtype: torch.dtype, isa: str, threads
+) -> None:
+    q, k, v = qkv(2, h, t, 1301, d, hkv=hkv, dv=dv, dtype=dtype)
+    valid = torch.rand(2, 1301) < 0.9
+    valid[1, 512:1024] = False
+    kwargs = {
+        "is_causal": True,
+        "causal_alignment": "lower_right",
+        "enable_gqa": True,
+        "key_padding_mask": valid,
+    }
+    with instruction_set(isa):
+        got = with_lse(q, k, v, **kwargs)
+        expected = with_lse(*in_float64(q, k, v), **kwargs)
+        assert_close([got], [expected], 2e-2 if dtype.itemsize == 2 else 1e-5)
+        threads(1)
+        assert torch.equal(got, with_lse(q, k, v, **kwargs))
+
+
 def test_no_scores_in_memory() -> None:
     """8192 x 8192 scores would be 128 MB in bfloat16; forward and backward stay below 48 MB."""
     script = """

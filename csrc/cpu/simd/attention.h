@@ -68,27 +68,46 @@ struct AttentionBackward {
   int64_t mask_head_stride, mask_row_stride, mask_column_stride;
 };
 
-struct AttentionKernels {
+struct AttentionForwardKernels {
   // Rows [first, first + rows) of `heads` x T: out and lse.
-  int64_t (*forward_bytes)(const AttentionCall&, const AttentionHead&, int64_t rows);
-  void (*forward)(const AttentionCall&, const AttentionHead&, const AttentionForward&, int64_t first, int64_t rows,
-                  void* scratch);
+  int64_t (*bytes)(const AttentionCall&, const AttentionHead&, int64_t rows);
+  void (*run)(const AttentionCall&, const AttentionHead&, const AttentionForward&, int64_t first, int64_t rows,
+              void* scratch);
+};
+
+// The forward pass of a few rows, as decoding has them: columns are shared out instead of rows.
+struct AttentionDecodeKernels {
+  int64_t (*bytes)(const AttentionCall&, const AttentionHead&);
+  int64_t (*part_bytes)(const AttentionCall&, const AttentionHead&);
+  // Columns [first, first + columns) of S, a multiple of 64 first: what all rows make of them, into `part`.
+  void (*run)(const AttentionCall&, const AttentionHead&, int64_t first, int64_t columns, void* part, void* scratch);
+  // out and lse from `count` parts, `apart` bytes from one to the next.
+  void (*join)(const AttentionCall&, const AttentionHead&, const AttentionForward&, const void* parts, int64_t apart,
+               int64_t count);
+};
+
+struct AttentionBackwardKernels {
   // Columns [first, first + columns) of S: dk and dv of these, and dq, whole or their part of it.
-  int64_t (*backward_bytes)(const AttentionCall&, const AttentionHead&, int64_t columns);
-  void (*backward)(const AttentionCall&, const AttentionHead&, const AttentionBackward&, int64_t first, int64_t columns,
-                   void* scratch);
+  int64_t (*bytes)(const AttentionCall&, const AttentionHead&, int64_t columns);
+  void (*run)(const AttentionCall&, const AttentionHead&, const AttentionBackward&, int64_t first, int64_t columns,
+              void* scratch);
   // target = scale * (sum of `parts` arrays of accumulators, `part_stride` apart), in the input type.
   void (*join)(const void* parts, int64_t count, int64_t part_stride, double scale, int64_t n, void* target);
 };
 
-struct AttentionTable {
-  AttentionKernels for_dtype[4];  // by DType
+// By DType.
+struct AttentionForwardTable {
+  AttentionForwardKernels for_dtype[4];
+};
+struct AttentionDecodeTable {
+  AttentionDecodeKernels for_dtype[4];
+};
+struct AttentionBackwardTable {
+  AttentionBackwardKernels for_dtype[4];
 };
 
-PYMM_DECLARE_KERNELS(AttentionTable, attention_table)
-
-inline const AttentionKernels& attention_for(DType dtype) {
-  return attention_table().for_dtype[static_cast<int>(dtype)];
-}
+PYMM_DECLARE_KERNELS(AttentionForwardTable, attention_forward_table)
+PYMM_DECLARE_KERNELS(AttentionDecodeTable, attention_decode_table)
+PYMM_DECLARE_KERNELS(AttentionBackwardTable, attention_backward_table)
 
 }  // namespace pymm
