@@ -1,5 +1,5 @@
 // Softmax attention over (B, H, T, D), forward and backward. Tasks: attention.h; what stays on chip:
-// simd/attention.cpp.
+// simd/attention_*.cpp.
 #include "cpu/attention.h"
 
 #include "cpu/simd/rows.h"
