@@ -338,6 +338,12 @@ def _workloads() -> Sequence[Workload]:
 
         return inputs
 
+    def of_projection(b: int, h: int, t: int, d: int) -> Any:
+        def inputs(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return torch.randn(b, t, 3, h, d).to(dtype).permute(2, 0, 3, 1, 4).unbind(0), {}
+
+        return inputs
+
     captions = torch.arange(77) < torch.linspace(8, 77, 16).long()[:, None]
     rows: list[tuple[str, Any, tuple[int, int, int], dict[str, Any]]] = [
         ("B16 H8 T77 D64 causal", make(16, 8, 77, 77, 64, 8, is_causal=True), (16 * 8 * 77, 77, 64), {}),
@@ -347,6 +353,7 @@ def _workloads() -> Sequence[Workload]:
             (16 * 8 * 77, 77, 64),
             {},
         ),
+        ("B8 H12 T197 D64 fused projection", of_projection(8, 12, 197, 64), (8 * 12 * 197, 197, 64), {}),
         ("B8 H12 T197 D64 bias", with_bias(8, 12, 197, 64), (8 * 12 * 197, 197, 64), {}),
         (
             "B1 H32/8 T1 S4096 D128",
