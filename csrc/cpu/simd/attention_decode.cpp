@@ -64,12 +64,12 @@ struct Decode {
     return parts.used();
   }
 
-  // A vector of units along a row.
+  // A vector of units along a row, zero where `count` is used up.
   static V units(const T* p, int64_t count) {
     if constexpr (kPair == 2) {
       return bit_cast<V>(units_along<T, E>(p, count));
     } else {
-      return load_some(p, count);
+      return load_some(p, max_of(count, 0));
     }
   }
 
