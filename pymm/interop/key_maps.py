@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pymm.models.clip import CLIP
+from pymm.models.convnet import ConvNet
 from pymm.models.resnet import ResNet
 from pymm.models.vit import VisionTransformer
 
@@ -29,6 +30,11 @@ def _transposed(tensors: Sequence[Tensor]) -> Tensor:
 def _rows(tensors: Sequence[Tensor]) -> Tensor:
     """Tokens or positions with any leading dimensions, as a matrix."""
     return tensors[0].reshape(-1, tensors[0].shape[-1])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The kernels of a convolution as the rows of a matrix."""
+    return tensors[0].flatten(1)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
@@ -125,11 +131,25 @@ _TORCHVISION_RESNET = (
     Rule(r"head\.(.*)", (r"fc.\1",)),
 )
 
+# AlexNet's and VGG's fully connected layers have other numbers in torchvision and are convolutions in timm.
+_TORCHVISION_CONVNET = (
+    Rule(r"stages\.\d+\.(.*)", (r"features.\1",)),
+    Rule(r"mlp\.fc1\.(.*)", (r"classifier.0.\1",)),
+    Rule(r"mlp\.fc1\.(.*)", (r"classifier.1.\1",)),
+    Rule(r"mlp\.fc2\.(.*)", (r"classifier.3.\1",)),
+    Rule(r"mlp\.fc2\.(.*)", (r"classifier.4.\1",)),
+    Rule(r"head\.(.*)", (r"classifier.6.\1",)),
+    Rule(r"mlp\.(fc\d)\.weight", (r"pre_logits.\1.weight",), _flat),
+    Rule(r"mlp\.(fc\d)\.bias", (r"pre_logits.\1.bias",)),
+    Rule(r"head\.(.*)", (r"head.fc.\1",)),
+)
+
 KEY_MAPS = (
     KeyMap("OpenAI's CLIP or open_clip", CLIP, (*_CLIP_VISUAL, *_clip_text(""))),
     KeyMap("open_clip with a text tower of its own", CLIP, (*_CLIP_VISUAL, *_clip_text("text."))),
     KeyMap("timm", VisionTransformer, _TIMM_VIT),
     KeyMap("torchvision or timm", ResNet, _TORCHVISION_RESNET),
+    KeyMap("torchvision or timm", ConvNet, _TORCHVISION_CONVNET),
 )
 
 

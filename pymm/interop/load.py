@@ -58,7 +58,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
     it. What could not be placed stands in the report, so look at its `complete`.
 
     Args:
-        model: CLIP, `VisionTransformer` or `ResNet` of `pymm.models`.
+        model: CLIP, `VisionTransformer`, `ResNet` or `ConvNet` of `pymm.models`.
         state: names to tensors; also a checkpoint that holds them under `"state_dict"`, and names behind
             `"module."`, as `DistributedDataParallel` saves them.
 

@@ -12,16 +12,24 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from pymm.models import clip, clip_rows, resnet, vit
+from pymm.models import clip, clip_rows, convnet, lenet, resnet, vit
 from pymm.models.clip import CLIP, CLIPSpec
+from pymm.models.convnet import ConvNet, ConvNetSpec
+from pymm.models.lenet import LeNetSpec
 from pymm.models.resnet import ResNet, ResNetSpec
 from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
 
-Spec = CLIPSpec | ResNetSpec | ViTSpec
+Spec = CLIPSpec | ConvNetSpec | LeNetSpec | ResNetSpec | ViTSpec
 
-_TABLES: tuple[tuple[Spec, ...], ...] = (vit.ROWS, resnet.ROWS, clip_rows.ROWS)
+_TABLES: tuple[tuple[Spec, ...], ...] = (
+    vit.ROWS,
+    resnet.ROWS,
+    convnet.ROWS,
+    lenet.ROWS,
+    clip_rows.ROWS,
+)
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
 _ALIASES: dict[str, str] = {alias: row.name for row in _ROWS.values() for alias in row.aliases}
 
@@ -76,6 +84,10 @@ def create_model(name: str, *, num_classes: int | None = None, image_size: int |
     side = row.image_size if image_size is None else image_size
     if isinstance(row, ViTSpec):
         return vit.build(replace(row, num_classes=classes, image_size=side))
+    if isinstance(row, ConvNetSpec):
+        return convnet.build(replace(row, num_classes=classes, image_size=side))
+    if isinstance(row, LeNetSpec):
+        return lenet.build(replace(row, num_classes=classes, image_size=side))
     return resnet.build(replace(row, num_classes=classes, image_size=side))
 
 
@@ -86,6 +98,9 @@ def _resized(row: CLIPSpec, image_size: int) -> CLIPSpec:
 __all__ = [
     "CLIP",
     "CLIPSpec",
+    "ConvNet",
+    "ConvNetSpec",
+    "LeNetSpec",
     "ResNet",
     "ResNetSpec",
     "Spec",

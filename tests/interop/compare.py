@@ -33,10 +33,10 @@ def randomize(model: nn.Module) -> None:
                 module.running_var.copy_(noise(module.running_var, 0.1).abs() + 0.5)
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest element."""
+def error(got: Tensor, truth: Tensor, floor: float = 1e-12) -> float:
+    """Largest difference over the largest element, or over `floor` where that is more."""
     assert got.shape == truth.shape
-    return ((got - truth).abs().max() / truth.abs().max().clamp_min(1e-12)).item()
+    return ((got - truth).abs().max() / truth.abs().max().clamp_min(floor)).item()
 
 
 def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[Tensor, ...]]) -> None:
@@ -53,7 +53,9 @@ def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[
 
     gradients = {name: p.grad for name, p in donor.named_parameters()}
     assert all(g is not None for g in gradients.values())
-    rules = next(m for m in KEY_MAPS if m.donor == report.donor).rules
+    # A bias before a batch norm in training has a gradient of rounding alone, which no two programs share.
+    floor = 1e-9 * max(g.abs().max().item() for g in gradients.values() if g is not None)
+    rules = next(m for m in KEY_MAPS if m.donor == report.donor and isinstance(ours, m.model)).rules
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
         placed = (
@@ -61,4 +63,4 @@ def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[
         )
         rule, names = next(placed)
         truth = rule.join([gradients[n] for n in names])
-        assert error(parameter.grad, truth) < GRADIENT, name
+        assert error(parameter.grad, truth, floor) < GRADIENT, name

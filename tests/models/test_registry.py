@@ -18,6 +18,9 @@ COUNTS = {
     "clip_rn50": 102_007_137,
     "vit_base_patch16_224": 86_567_656,
     "resnet50": 25_557_032,
+    "alexnet": 61_100_840,
+    "vgg16": 138_357_544,
+    "lenet5_1998": 60_000,
 }
 
 
@@ -119,6 +122,10 @@ def test_create_model_sizes() -> None:
             "image_size must be a multiple of the patch size 16",
         ),
         ({"name": "clip_rn50", "image_size": 16}, "ResNet: image_size must be at least 32, got 16"),
+        (
+            {"name": "alexnet", "image_size": 62},
+            "ConvNet: image_size must be at least 63 for alexnet, got 62",
+        ),
     ],
 )
 def test_errors(arguments: dict[str, object], message: str) -> None:
