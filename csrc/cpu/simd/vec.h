@@ -335,7 +335,7 @@ inline vfloat vexp2(vfloat x) {
   const __mmask16 representable = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(representable, (__m512)p, (__m512)n);
 #else
-  const vfloat scale = (vfloat)(((vint)shifted << 23) + 0x3f800000);
+  const vfloat scale = (vfloat)(((vuint)shifted << 23) + 0x3f800000u);
   return x < -125.0f ? vfloat{} : p * scale;
 #endif
 }
