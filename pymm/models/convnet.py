@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymm.layers import Linear, Normalize, checkpointed
+from pymm.models.mapped import MappedNetwork, linear_head
 from pymm.ops._checks import fail, shape
 
 
-class ConvNet(nn.Module):
+class ConvNet(MappedNetwork):
     """Stages of convolutions, then fully connected layers, with timm's interface.
 
     Args:
@@ -46,29 +47,6 @@ class ConvNet(nn.Module):
         self.normalize, self.stages, self.pool, self.mlp, self.head = normalize, stages, pool, mlp, head
         self.image_size, self.smallest_size = image_size, smallest_size
         self.num_features, self.head_hidden_size = num_features, head_hidden_size
-        self.grad_checkpointing = False
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        return self.normalize.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return self.normalize.std
-
-    @property
-    def num_classes(self) -> int:
-        """The size of the head's result; 0 without a head."""
-        return int(getattr(self.head, "out_features", 0))  # nn.Identity() has none
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new linear one, or by none when `num_classes` is 0."""
-        head = Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(next(self.parameters()))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a stage's activations are computed again in the backward pass instead of kept."""
-        self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of two dimensions that an optimizer should not decay: none."""
@@ -265,7 +243,7 @@ def build(spec: ConvNetSpec) -> ConvNet:
         stages,
         GridMap(spec.grid),
         mlp,
-        Linear(hidden, spec.num_classes) if spec.num_classes else nn.Identity(),
+        linear_head(hidden, spec.num_classes),
         image_size=spec.image_size,
         smallest_size=spec.smallest_size,
         num_features=features,

@@ -21,10 +21,11 @@ from pymm.layers import (
     bottleneck,
     checkpointed,
 )
+from pymm.models.mapped import MappedNetwork, linear_head
 from pymm.ops._checks import fail, shape
 
 
-class ResNet(nn.Module):
+class ResNet(MappedNetwork):
     """A residual network (He et al. 2016, arXiv:1512.03385) with timm's interface.
 
     Args:
@@ -50,30 +51,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize, self.stem, self.stages, self.pool, self.head = normalize, stem, stages, pool, head
-        self.image_size, self.num_features = image_size, num_features
-        self.grad_checkpointing = False
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        return self.normalize.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return self.normalize.std
-
-    @property
-    def num_classes(self) -> int:
-        """The size of the head's result; 0 without a head."""
-        return self.head.out_features if isinstance(self.head, Linear) else 0
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new linear one, or by none when `num_classes` is 0."""
-        head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(next(self.parameters()))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept."""
-        self.grad_checkpointing = enable
+        self.image_size, self.num_features, self.head_hidden_size = image_size, num_features, num_features
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of two dimensions that an optimizer should not decay."""
@@ -222,7 +200,7 @@ def build(spec: ResNetSpec) -> ResNet:
         Stem(spec.width),
         _stages(block, spec.depths, spec.width, expansion),
         MeanMap(),
-        Linear(features, spec.num_classes) if spec.num_classes else nn.Identity(),
+        linear_head(features, spec.num_classes),
         image_size=spec.image_size,
         num_features=features,
     )
