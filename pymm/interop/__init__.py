@@ -1,5 +1,6 @@
-"""Checkpoints of other libraries in pymm's models."""
+"""Checkpoints of other libraries in pymm's models, and back."""
 
+from pymm.interop.donors import to_donor
 from pymm.interop.load import LoadReport, load_state
 
-__all__ = ["LoadReport", "load_state"]
+__all__ = ["LoadReport", "load_state", "to_donor"]

@@ -1,67 +1,19 @@
-"""Where each donor keeps what a model of ours needs.
-
-A rule goes from our name to the donor's, so that several donor tensors can make one of ours; a map is the
-rules of one donor. A name may have several rules; the first whose tensors are all there counts.
-"""
+"""Where each donor keeps what a model of ours needs; `pymm.interop.rules` says how a map is added."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pymm.interop import transformers_maps
+from pymm.interop.rules import BATCH_OF_ONE, TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
+from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
-from pymm.models.convnet import ConvNet
+from pymm.models.convnet import ConvNet, GridMap
 from pymm.models.resnet import ResNet
 from pymm.models.vit import VisionTransformer
-
-
-def _same(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0]
-
-
-def _transposed(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].mT
-
-
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Tokens or positions with any leading dimensions, as a matrix."""
-    return tensors[0].reshape(-1, tensors[0].shape[-1])
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """The kernels of a convolution as the rows of a matrix."""
-    return tensors[0].flatten(1)
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Our names that fit `ours` come from the tensors that the templates `theirs` name, through `join`."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    join: Callable[[Sequence[Tensor]], Tensor] = _same
-
-    def names(self, name: str) -> tuple[str, ...] | None:
-        """The donor's names for our `name`, or None where the rule is not about it."""
-        found = re.fullmatch(self.ours, name)
-        return None if found is None else tuple(found.expand(template) for template in self.theirs)
-
-
-@dataclass(frozen=True)
-class KeyMap:
-    """The rules of one donor for one class of ours."""
-
-    donor: str
-    model: type[nn.Module]
-    rules: tuple[Rule, ...]
 
 
 def _clip_blocks(ours: str, theirs: str) -> tuple[Rule, ...]:
@@ -89,22 +41,32 @@ def _residual_stages(ours: str, theirs: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-_CLIP_VISUAL = (
+_CLIP_VIT = (
     Rule(r"visual\.embed\.weight", ("visual.conv1.weight",)),
-    Rule(r"visual\.embed\.prefix", ("visual.class_embedding",), _rows),
+    Rule(r"visual\.embed\.prefix", ("visual.class_embedding",), VECTOR),
     Rule(r"visual\.embed\.position", ("visual.positional_embedding",)),
     Rule(r"visual\.norm_pre\.(.*)", (r"visual.ln_pre.\1",)),
     *_clip_blocks("visual.", "visual."),
     Rule(r"visual\.norm\.(.*)", (r"visual.ln_post.\1",)),
-    Rule(r"visual\.head\.weight", ("visual.proj",), _transposed),
+    Rule(r"visual\.head\.weight", ("visual.proj",), TRANSPOSED),
+)
+_CLIP_RESNET = (
     Rule(r"visual\.stem\.(.*)", (r"visual.\1",)),
     *_residual_stages("visual.", "visual."),
     Rule(r"visual\.pool\.position", ("visual.attnpool.positional_embedding",)),
     Rule(r"visual\.pool\.q\.(.*)", (r"visual.attnpool.q_proj.\1",)),
-    Rule(r"visual\.pool\.kv\.(.*)", (r"visual.attnpool.k_proj.\1", r"visual.attnpool.v_proj.\1"), _stacked),
+    Rule(r"visual\.pool\.kv\.(.*)", (r"visual.attnpool.k_proj.\1", r"visual.attnpool.v_proj.\1"), stacked(2)),
     Rule(r"visual\.head\.(.*)", (r"visual.attnpool.c_proj.\1",)),
-    Rule(r"(logit_scale|logit_bias)", (r"\1",)),
 )
+_SCALARS = Rule(r"(logit_scale|logit_bias)", (r"\1",))
+
+
+def _has_vit(model: nn.Module) -> bool:
+    return isinstance(model, CLIP) and isinstance(model.visual, VisionTransformer)
+
+
+def _has_resnet(model: nn.Module) -> bool:
+    return isinstance(model, CLIP) and isinstance(getattr(model.visual, "pool", None), AttentionPool2d)
 
 
 def _clip_text(prefix: str) -> tuple[Rule, ...]:
@@ -113,14 +75,14 @@ def _clip_text(prefix: str) -> tuple[Rule, ...]:
         Rule(r"text\.embed\.position", (f"{prefix}positional_embedding",)),
         *_clip_blocks("text.", prefix),
         Rule(r"text\.norm\.(.*)", (rf"{prefix}ln_final.\1",)),
-        Rule(r"text\.head\.weight", (f"{prefix}text_projection",), _transposed),
+        Rule(r"text\.head\.weight", (f"{prefix}text_projection",), TRANSPOSED),
     )
 
 
 _TIMM_VIT = (
     Rule(r"embed\.(weight|bias)", (r"patch_embed.proj.\1",)),
-    Rule(r"embed\.prefix", ("cls_token",), _rows),
-    Rule(r"embed\.position", ("pos_embed",), _rows),
+    Rule(r"embed\.prefix", ("cls_token",), BATCH_OF_ONE),
+    Rule(r"embed\.position", ("pos_embed",), BATCH_OF_ONE),
     Rule(r"blocks\.(\d+)\.scale([12])", (r"blocks.\1.ls\2.gamma",)),
     Rule(r"((?:norm_pre|blocks|norm|head)\..*)", (r"\1",)),
 )
@@ -132,27 +94,77 @@ _TORCHVISION_RESNET = (
 )
 
 # AlexNet's and VGG's fully connected layers have other numbers in torchvision and are convolutions in timm.
-_TORCHVISION_CONVNET = (
-    Rule(r"stages\.\d+\.(.*)", (r"features.\1",)),
-    Rule(r"mlp\.fc1\.(.*)", (r"classifier.0.\1",)),
+_STAGES = Rule(r"stages\.\d+\.(.*)", (r"features.\1",))
+_TORCHVISION_HEAD = Rule(r"head\.(.*)", (r"classifier.6.\1",))
+_ALEXNET = (
+    _STAGES,
     Rule(r"mlp\.fc1\.(.*)", (r"classifier.1.\1",)),
-    Rule(r"mlp\.fc2\.(.*)", (r"classifier.3.\1",)),
     Rule(r"mlp\.fc2\.(.*)", (r"classifier.4.\1",)),
-    Rule(r"head\.(.*)", (r"classifier.6.\1",)),
-    Rule(r"mlp\.(fc\d)\.weight", (r"pre_logits.\1.weight",), _flat),
+    _TORCHVISION_HEAD,
+)
+_VGG = (
+    _STAGES,
+    Rule(r"mlp\.fc1\.(.*)", (r"classifier.0.\1",)),
+    Rule(r"mlp\.fc2\.(.*)", (r"classifier.3.\1",)),
+    _TORCHVISION_HEAD,
+)
+_TIMM_VGG = (
+    _STAGES,
+    Rule(r"mlp\.fc1\.weight", ("pre_logits.fc1.weight",), convolution(7)),
+    Rule(r"mlp\.fc2\.weight", ("pre_logits.fc2.weight",), convolution(1)),
     Rule(r"mlp\.(fc\d)\.bias", (r"pre_logits.\1.bias",)),
     Rule(r"head\.(.*)", (r"head.fc.\1",)),
 )
 
+
+def _is_alexnet(model: nn.Module) -> bool:
+    assert isinstance(model, ConvNet)
+    return isinstance(model.pool, GridMap) and isinstance(model.mlp, nn.Sequential) and model.pool.side == 6
+
+
+def _is_vgg(model: nn.Module) -> bool:
+    return not _is_alexnet(model)
+
+
+# What OpenAI's TorchScript archives say about themselves among their weights.
+OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")
+
+
+def _clip_maps(
+    visual: tuple[Rule, ...], variant: str, fits: Callable[[nn.Module], bool]
+) -> tuple[KeyMap, ...]:
+    """OpenAI's names, whose text tower has no prefix, and those of open_clip's custom text towers."""
+    apart = f"{variant}{' and ' if variant else ''}a text tower of its own"
+    plain, custom = (*visual, *_clip_text(""), _SCALARS), (*visual, *_clip_text("text."), _SCALARS)
+    return (
+        KeyMap(("open_clip", "OpenAI's CLIP"), CLIP, plain, variant=variant, ignored=OPENAI_FACTS, fits=fits),
+        KeyMap(("open_clip",), CLIP, custom, variant=apart, fits=fits),
+    )
+
+
 KEY_MAPS = (
-    KeyMap("OpenAI's CLIP or open_clip", CLIP, (*_CLIP_VISUAL, *_clip_text(""))),
-    KeyMap("open_clip with a text tower of its own", CLIP, (*_CLIP_VISUAL, *_clip_text("text."))),
-    KeyMap("timm", VisionTransformer, _TIMM_VIT),
-    KeyMap("torchvision or timm", ResNet, _TORCHVISION_RESNET),
-    KeyMap("torchvision or timm", ConvNet, _TORCHVISION_CONVNET),
+    *_clip_maps(_CLIP_VIT, "", _has_vit),
+    *_clip_maps(_CLIP_RESNET, "ResNet", _has_resnet),
+    KeyMap(
+        ("transformers",),
+        CLIP,
+        transformers_maps.CLIP_RULES,
+        ignored=transformers_maps.CLIP_IGNORED,
+        fits=_has_vit,
+    ),
+    KeyMap(("timm",), VisionTransformer, _TIMM_VIT),
+    KeyMap(("transformers",), VisionTransformer, transformers_maps.VIT_RULES),
+    KeyMap(
+        ("transformers",),
+        VisionTransformer,
+        transformers_maps.VIT_MODEL_RULES,
+        variant="as its models have it",
+    ),
+    KeyMap(("torchvision", "timm"), ResNet, _TORCHVISION_RESNET),
+    KeyMap(("transformers",), ResNet, transformers_maps.RESNET_RULES),
+    KeyMap(("torchvision",), ConvNet, _ALEXNET, variant="AlexNet", fits=_is_alexnet),
+    KeyMap(("torchvision",), ConvNet, _VGG, variant="VGG", fits=_is_vgg),
+    KeyMap(("timm",), ConvNet, _TIMM_VGG, fits=_is_vgg),
 )
 
-
-def own(model: type[nn.Module]) -> KeyMap:
-    """The map of our own checkpoints."""
-    return KeyMap("pymm", model, (Rule(r"(.*)", (r"\1",)),))
+__all__ = ["KEY_MAPS", "OPENAI_FACTS", "own"]

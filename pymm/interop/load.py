@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pymm.interop.key_maps import KEY_MAPS, KeyMap, own
+from pymm.interop.key_maps import KEY_MAPS, OPENAI_FACTS, own
+from pymm.interop.rules import KeyMap
 from pymm.layers import AttentionPool2d, Linear, PatchEmbed, resample_position
 from pymm.models.clip import CLIP
 from pymm.ops._checks import fail, shape
 
-# What OpenAI's TorchScript archives say about themselves among their weights.
-_OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -70,9 +69,8 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
             activation is not quick GELU.
     """
     tensors = _unwrapped(state)
-    if tensors.keys() >= _OPENAI_FACTS:
+    if tensors.keys() >= set(OPENAI_FACTS):
         _check_openai(model)
-        tensors = {name: value for name, value in tensors.items() if name not in _OPENAI_FACTS}
     targets = model.state_dict(keep_vars=True)
     maps = [own(type(model)), *(m for m in KEY_MAPS if isinstance(model, m.model))]
     found, donor = max(((_sources(m, targets, tensors), m) for m in maps), key=lambda pair: len(pair[0]))
@@ -98,7 +96,7 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
         donor.donor,
         tuple(placed),
         tuple(name for name in targets if name not in found),
-        tuple(name for name in tensors if name not in used),
+        tuple(name for name in tensors if name not in used and not donor.ignores(name)),
         tuple(mismatched),
         tuple(resampled),
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from pymm.interop import load_state
+from pymm.interop import load_state, to_donor
 from pymm.interop.key_maps import KEY_MAPS
 
 OUTPUT, GRADIENT = 1e-5, 1e-4
@@ -40,10 +40,17 @@ def error(got: Tensor, truth: Tensor, floor: float = 1e-12) -> float:
 
 
 def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[Tensor, ...]]) -> None:
-    """Load, run and differentiate both; every output and the gradient of every parameter must agree."""
+    """Load, run and differentiate both; every output and the gradient of every parameter must agree.
+
+    What was loaded must come back out as the donor has it.
+    """
     randomize(donor)
-    report = load_state(ours, donor.state_dict())
+    state = donor.state_dict()
+    report = load_state(ours, state)
     assert report.complete, report
+    key_map = next(m for m in KEY_MAPS if m.donor == report.donor and isinstance(ours, m.model))
+    if next(m for m in KEY_MAPS if key_map.donors[0] in m.donors and m.fits(ours)) is key_map:
+        check_way_back(ours, key_map.donors[0], {k: v for k, v in state.items() if not key_map.ignores(k)})
     outputs, truths = run(ours), run(donor)
     for i, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
         assert error(output, truth) < OUTPUT, f"output {i}"
@@ -55,12 +62,22 @@ def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[
     assert all(g is not None for g in gradients.values())
     # A bias before a batch norm in training has a gradient of rounding alone, which no two programs share.
     floor = 1e-9 * max(g.abs().max().item() for g in gradients.values() if g is not None)
-    rules = next(m for m in KEY_MAPS if m.donor == report.donor and isinstance(ours, m.model)).rules
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
         placed = (
-            (r, names) for r in rules if (names := r.names(name)) and all(n in gradients for n in names)
+            (r, names)
+            for r in key_map.rules
+            if (names := r.names(name)) and all(n in gradients for n in names)
         )
         rule, names = next(placed)
         truth = rule.join([gradients[n] for n in names])
         assert error(parameter.grad, truth, floor) < GRADIENT, name
+
+
+def check_way_back(ours: nn.Module, donor: str, state: Mapping[str, Tensor]) -> None:
+    """`to_donor` gives the state that was loaded, bit for bit."""
+    back = to_donor(ours, donor)
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        assert back[name].shape == value.shape, name
+        assert torch.equal(back[name], value), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pymm
-from pymm.interop import load_state
+from pymm.interop import load_state, to_donor
 
 
 def test_own_checkpoint() -> None:
@@ -59,3 +59,11 @@ def test_other_type_is_cast() -> None:
 def test_unknown_donor(state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="load_state: state must be a state dict for CLIP, got the names"):
         load_state(pymm.create_model("clip_tiny"), state)
+
+
+def test_own_names_are_no_donors() -> None:
+    model = pymm.create_model("clip_rn_tiny")
+    with pytest.raises(ValueError, match="to_donor: donor must be of such a model, got 'open_clip'"):
+        to_donor(model, "open_clip")
+    with pytest.raises(ValueError, match="to_donor: donor must be one of timm, transformers for VisionTra"):
+        to_donor(pymm.create_model("vit_tiny_patch16_224"), "keras")
