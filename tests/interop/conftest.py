@@ -1,31 +1,14 @@
-"""Makes the donors importable beside a CPU build of torch."""
+"""Makes torchvision importable beside a CPU build of torch; timm, open_clip and transformers import it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
 import pytest
-import torch
+
+from tests.torchvision_shim import prepare
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torchvision() -> Iterator[None]:
-    """timm and open_clip import torchvision, whose wheel is for CUDA.
-
-    Beside a CPU torch its library does not load, and the import ends at the first operator that it would have
-    defined. The schemas of those operators are enough here.
-    """
-    library = None
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield
-    del library
+def _torchvision() -> None:
+    problem = prepare()
+    if problem is not None:
+        pytest.skip(problem)
