@@ -1,4 +1,4 @@
-"""The command line: `pymm train clip | eval | list | doctor | bench | demo`.
+"""The command line: `pymm train TASK | eval | list | doctor | bench | demo`.
 
 Each command imports its part when it runs, so `pymm --help` is quick. A command is a settings dataclass,
 from which `tyro` makes the options, and a function that takes it and returns the exit code.
@@ -7,7 +7,6 @@ from which `tyro` makes the options, and a function that takes it and returns th
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
 import traceback
@@ -17,6 +16,8 @@ from typing import Any
 
 import tyro
 
+from pymm.training.tasks import TASKS, imported
+
 USER_ERROR = 2
 
 
@@ -24,18 +25,18 @@ USER_ERROR = 2
 class Command:
     """A command: its words, one line of help, and `module:function` of what runs it.
 
-    The function takes one argument, annotated with the settings dataclass.
+    The function takes one argument, annotated with the settings dataclass; `settings` is `module:class` of a
+    narrower one.
     """
 
     words: tuple[str, ...]
     help: str
     target: str
+    settings: str | None = None
 
 
 COMMANDS = (
-    Command(
-        ("train", "clip"), "Train CLIP on image-text pairs, or continue a run.", "pymm.commands:train_clip"
-    ),
+    *(Command(("train", task.name), task.help, "pymm.commands:train", task.settings) for task in TASKS),
     Command(("eval",), "Evaluate a run's weights, or a checkpoint.", "pymm.commands:evaluate"),
     Command(("list",), "List the models, all or those that a pattern fits.", "pymm.commands:list_models"),
     Command(("doctor",), "Say what is built, what serves each op, and what is missing.", "pymm.doctor:run"),
@@ -86,9 +87,10 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _run(command: Command, arguments: list[str]) -> int:
-    module, _, name = command.target.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = imported(command.target)
     (settings,) = (kind for key, kind in typing.get_type_hints(function).items() if key != "return")
+    if command.settings is not None:
+        settings = imported(command.settings)
     program = " ".join(("pymm", *command.words))
     default, arguments = _defaults(settings, arguments)
     parsed = tyro.cli(settings, prog=program, description=command.help, args=arguments, default=default)

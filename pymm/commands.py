@@ -9,18 +9,16 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from pymm.training.settings import ClipSettings
+from pymm.training.task_settings import TaskSettings
+from pymm.training.tasks import find_task, imported
 
 
-def train_clip(settings: ClipSettings) -> int:
+def train(settings: TaskSettings) -> int:
     """0 when the run is complete, 128 + the signal's number when it was interrupted and can go on."""
-    from pymm.training.clip import train_clip
-
-    result = train_clip(settings)
+    result = imported(find_task(settings.task).train)(settings)
     if result.signal is not None:
-        return 128 + result.signal
+        return 128 + int(result.signal)
     if result.weights is not None:
         print(f"{result.weights}: step {result.step}, {result.elapsed_s:.0f} s")
     return 0
@@ -47,39 +45,31 @@ class EvalSettings:
 def evaluate(settings: EvalSettings) -> int:
     import torch
 
-    from pymm.training.clip import load_run
     from pymm.training.environment import reproducible
     from pymm.training.files import write_atomically
-    from pymm.training.parts import evaluate
+    from pymm.training.runs import load_run
 
     run = load_run(settings.path)
-    asked = run.settings.evaluation
-    asked = replace(
-        asked, source=settings.source or asked.source, templates=settings.templates or asked.templates
-    )
+    asked = _asked(run.settings, settings)
     device = torch.device(settings.device)
     with reproducible(device, settings.threads or run.settings.run.threads):
-        scores = evaluate(run.model.to(device), run.tokenizer, replace(run.settings, evaluation=asked))
-    print_scores(scores, f"{run.weights} on {', '.join(asked.source)}")
+        run.model.to(device)
+        scores = replace(run, settings=replace(run.settings, evaluation=asked)).evaluate()
+    table = run.table(scores)
+    table.title = f"{run.weights} on {', '.join(getattr(asked, 'source', ())) or 'its own data'}"
+    Console().print(table)
     if settings.out is not None:
         write_atomically(Path(settings.out), (json.dumps(scores, indent=2) + "\n").encode())
     return 0
 
 
-def print_scores(scores: dict[str, Any], title: str) -> None:
-    """A table of recalls, chance beside them, of what `pymm.evaluation.evaluate_clip` returns."""
-    places = [key for key in next(iter(scores.values())) if key.startswith("r") and key[1:].isdigit()]
-    table = Table(title=title, title_justify="left")
-    table.add_column("concepts", no_wrap=True)
-    table.add_column("from, to", no_wrap=True)
-    for heading in ("among", *(f"R@{key[1:]}" for key in places), f"chance of R@{places[0][1:]}"):
-        table.add_column(heading, justify="right")
-    for name, part in scores.items():
-        words = name.replace("_concepts", "").replace("_", " ")
-        for way, values in (("image, text", part), ("text, image", part["text_to_image"])):
-            recalls = (f"{values[key]:.3f}" for key in (*places, f"chance_{places[0]}"))
-            table.add_row(words, way, str(values["candidates"]), *recalls)
-    Console().print(table)
+def _asked(run: TaskSettings, settings: EvalSettings) -> Any:
+    """The run's evaluation with what the command line says otherwise."""
+    given = {key: value for key in ("source", "templates") if (value := getattr(settings, key))}
+    for key in given:
+        if not hasattr(run.evaluation, key):
+            raise ValueError(f"eval: {key} must be left out for a run of {run.task}, got {given[key]}")
+    return replace(run.evaluation, **given)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pymm.training.settings import (
 if TYPE_CHECKING:
     from pymm.evaluation.pictures import Retrieval
     from pymm.models import CLIP
-    from pymm.training.clip import Run
+    from pymm.training.clip import ClipRun
 
 TRAINED, UNSEEN_STYLE = "emoji:twemoji,fluent", "emoji:noto"
 MODEL = "clip_rn_tiny"
@@ -179,7 +179,7 @@ def _print(console: Any, before: dict[str, Any], after: dict[str, Any], kernels:
         console.print(f"{op}: {answer}", markup=False, highlight=False)
 
 
-def _retrievals(trained: Run) -> list[tuple[str, str, list[Retrieval]]]:
+def _retrievals(trained: ClipRun) -> list[tuple[str, str, list[Retrieval]]]:
     """Queries drawn by a hash, half from concepts seen in training, half from the others."""
     from pymm.data import EvalTransform, ImageTextLoader
     from pymm.data.samples import stable_hash

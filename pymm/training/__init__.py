@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pymm.training.clip import Run, load_run, train_clip
+    from pymm.training.clip import ClipRun, train_clip
     from pymm.training.errors import CheckpointError, NonFiniteError, SettingsError, TrainingError
     from pymm.training.loop import RunResult, Trainer
+    from pymm.training.runs import Run, load_run
     from pymm.training.settings import (
         AugmentSettings,
         ClipSettings,
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
         ScheduleSettings,
     )
     from pymm.training.settings_file import load_settings
+    from pymm.training.task_settings import TaskSettings
 
 # The command line reads the settings to answer `--help`, and must not import torch for it.
 _PARTS = {
-    "clip": ("Run", "load_run", "train_clip"),
+    "clip": ("ClipRun", "train_clip"),
     "errors": ("CheckpointError", "NonFiniteError", "SettingsError", "TrainingError"),
     "loop": ("RunResult", "Trainer"),
+    "runs": ("Run", "load_run"),
     "settings": (
         "AugmentSettings",
         "ClipSettings",
@@ -39,12 +42,14 @@ _PARTS = {
         "ScheduleSettings",
     ),
     "settings_file": ("load_settings",),
+    "task_settings": ("TaskSettings",),
 }
 _PART_OF = {name: part for part, names in _PARTS.items() for name in names}
 
 __all__ = [
     "AugmentSettings",
     "CheckpointError",
+    "ClipRun",
     "ClipSettings",
     "DataSettings",
     "EvaluationSettings",
@@ -57,6 +62,7 @@ __all__ = [
     "RunSettings",
     "ScheduleSettings",
     "SettingsError",
+    "TaskSettings",
     "Trainer",
     "TrainingError",
     "load_run",

@@ -29,15 +29,21 @@ def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(drawn[0]) >> 1)
 
 
+def mean_loss(outputs: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
+    """The objective of a `forward` that gives losses: the mean of its first output, `(B,)` or a scalar."""
+    return outputs[0].mean()
+
+
 @dataclass
 class Accumulator:
-    """Gradients of a contrastive objective over a batch.
+    """Gradients of an objective over a batch.
 
+    `"plain"` averages the losses of the micro-batches, which is right where a loss is the mean over its
+    samples; of a contrastive objective, each micro-batch has its own pairs as the only candidates.
     `"cached"` is gradient caching (Gao et al. 2021, arXiv:2101.06983): all features are computed without a
     graph, the loss of the whole batch gives the gradient of each feature, and each micro-batch runs again
     with a graph that this gradient flows into. The result is that of the whole batch at once, dropout
-    included; batch norms see micro-batches. `"plain"` averages the losses of the micro-batches, each with
-    its own pairs as the only candidates.
+    included; batch norms see micro-batches.
 
     Args:
         model: in training mode.

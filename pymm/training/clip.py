@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from rich.table import Table
 from torch import Tensor, nn
 
 from pymm.data import Batch, Tokenizer
 from pymm.data.tokenizer import FILE as TOKENIZER
 from pymm.models import CLIP
 from pymm.objectives import ContrastiveObjective
-from pymm.training import distributed
-from pymm.training.checkpoint import list_checkpoints, verify
-from pymm.training.errors import CheckpointError, SettingsError
-from pymm.training.loop import RunResult, Trainer
+from pymm.training import distributed, runs
+from pymm.training.checkpoint import list_checkpoints
+from pymm.training.errors import SettingsError
+from pymm.training.loop import AfterStep, RunResult, Trainer
+from pymm.training.optimizer import clamp_logit_scale
 from pymm.training.parts import build_loader, build_model, evaluate, save_new_tokenizer
-from pymm.training.rundir import SETTINGS, WEIGHTS, check_settings, checkpoints_of
+from pymm.training.rundir import checkpoints_of
+from pymm.training.runs import begin_run, load_weights
 from pymm.training.settings import ClipSettings
-from pymm.training.settings_file import load_settings
-from pymm.training.weights import check_names
 
 
 def train_clip(
@@ -46,10 +45,8 @@ def train_clip(
         ValueError: for an unknown model, or data that yields nothing.
         TrainingError: as `Trainer.fit`.
     """
-    with distributed.process_group(settings.run.device) as world:
+    with begin_run(settings) as world:
         directory = Path(settings.run.out)
-        if world.is_main:
-            check_settings(directory, settings)
         model = build_model(settings.model, settings.run.seed)
         if settings.objective.kind == "sigmoid" and model.logit_bias is None:
             raise SettingsError(
@@ -70,6 +67,7 @@ def train_clip(
             settings,
             forward=encode_pairs,
             evaluate=score if settings.evaluation.source else None,
+            after_step=bound_logit_scale(settings.optimizer.max_logit_scale),
             on_step=on_step,
         )
         loader = build_loader(settings, model, tokenizer, world)
@@ -89,70 +87,57 @@ def encode_pairs(model: Any, batch: Batch) -> tuple[Tensor, ...]:
     return outputs if model.logit_bias is None else (*outputs, model.logit_bias)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run as its directory holds it.
+def bound_logit_scale(maximum: float) -> AfterStep:
+    """Keeps the logit scale at most `maximum` and logs it."""
 
-    Attributes:
-        model: in eval mode, float32.
-        tokenizer: the one that it was trained with.
-        settings: those of the run.
-        weights: the file that the model's weights are from.
-    """
+    def after_step(parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        clamp_logit_scale(parameters, maximum)
+        scale = parameters.get("logit_scale")
+        return {} if scale is None else {"logit_scale": scale.exp().item()}
+
+    return after_step
+
+
+@dataclass(frozen=True)
+class ClipRun(runs.Run):
+    """A run of CLIP; `tokenizer` is the one that it was trained with."""
 
     model: CLIP
-    tokenizer: Tokenizer
     settings: ClipSettings
-    weights: Path
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, home: Path, settings: ClipSettings, weights: Path) -> ClipRun:
+        model = load_weights(build_model(settings.model), weights, f"the model {settings.model.name}")
+        return cls(model, settings, weights, Tokenizer.load(home / TOKENIZER))
+
+    def evaluate(self) -> dict[str, Any]:
+        return evaluate(self.model, self.tokenizer, self.settings)
+
+    def table(self, scores: dict[str, Any]) -> Table:
+        """Recalls, chance beside them, of what `pymm.evaluation.evaluate_clip` returns."""
+        places = [key for key in next(iter(scores.values())) if key.startswith("r") and key[1:].isdigit()]
+        table = Table(title_justify="left")
+        table.add_column("concepts", no_wrap=True)
+        table.add_column("from, to", no_wrap=True)
+        for heading in ("among", *(f"R@{key[1:]}" for key in places), f"chance of R@{places[0][1:]}"):
+            table.add_column(heading, justify="right")
+        for name, part in scores.items():
+            words = name.replace("_concepts", "").replace("_", " ")
+            for way, values in (("image, text", part), ("text, image", part["text_to_image"])):
+                recalls = (f"{values[key]:.3f}" for key in (*places, f"chance_{places[0]}"))
+                table.add_row(words, way, str(values["candidates"]), *recalls)
+        return table
 
 
-def load_run(path: Path | str) -> Run:
-    """Load a trained model.
-
-    Args:
-        path: a run's directory (its `model.safetensors`, or the newest checkpoint when it has not ended),
-            one of its checkpoints (the averaged weights where there are some), or a safetensors file inside
-            either.
+def load_run(path: Path | str) -> ClipRun:
+    """Load a trained CLIP; as `pymm.training.load_run`, which loads runs of every task.
 
     Raises:
-        FileNotFoundError: when there is no such path, no settings beside it, or no weights.
-        CheckpointError: when the checkpoint is damaged or the weights do not fit the model.
-        SettingsError: when the settings are not readable.
+        SettingsError: when the run is of another task.
+        FileNotFoundError, CheckpointError: as there.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_run: {path} does not exist")
-    inside = path.resolve() if path.is_dir() else path.resolve().parent
-    home = next((p for p in (inside, *inside.parents[:2]) if (p / SETTINGS).is_file()), None)
-    if home is None:
-        raise FileNotFoundError(
-            f"load_run: {path} must be a run's directory or a part of it: no {SETTINGS} there"
-        )
-    settings = load_settings(ClipSettings, home / SETTINGS)
-    model = build_model(settings.model)
-    weights = _weights(path, home)
-    if (weights.parent / "manifest.json").exists():
-        verify(weights.parent)
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"load_run: {weights} cannot be read: {error}") from error
-    check_names(model.state_dict(), tensors, f"the model {settings.model.name}")
-    model.load_state_dict(tensors)
-    return Run(model.eval(), Tokenizer.load(home / TOKENIZER), settings, weights)
-
-
-def _weights(path: Path, home: Path) -> Path:
-    if path.is_file():
-        return path
-    if path.resolve() == home:
-        if (home / WEIGHTS).is_file():
-            return home / WEIGHTS
-        checkpoints = list_checkpoints(checkpoints_of(home))
-        if not checkpoints:
-            raise FileNotFoundError(f"load_run: {path} holds neither {WEIGHTS} nor a checkpoint")
-        path = checkpoints[0]
-    found = [path / name for name in ("average.safetensors", "model.safetensors") if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"load_run: {path} holds no weights")
-    return found[0]
+    run = runs.load_run(path)
+    if not isinstance(run, ClipRun):
+        raise SettingsError(f"load_run: {path} must be a run of CLIP, got {run.settings.task}")
+    return run

@@ -45,7 +45,7 @@ class Lines:
 
 
 class Bar:
-    """A progress bar with loss, pairs per second and the time left."""
+    """A progress bar with loss, samples per second and the time left."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -76,25 +76,26 @@ def display(shown: bool = True) -> Iterator[Display]:
 
 
 class Rate:
-    """Pairs per second over the last twenty steps, from the time at which a run begins or continues."""
+    """Samples per second over the last twenty steps, from the time at which a run begins or continues."""
 
     def __init__(self, elapsed_s: float) -> None:
-        self._pairs = 0
+        self._samples = 0
         self._marks = [(elapsed_s, 0)]
 
-    def __call__(self, elapsed_s: float, pairs: int) -> float:
-        self._pairs += pairs
-        self._marks = [*self._marks[-20:], (elapsed_s, self._pairs)]
+    def __call__(self, elapsed_s: float, samples: int) -> float:
+        self._samples += samples
+        self._marks = [*self._marks[-20:], (elapsed_s, self._samples)]
         start, before = self._marks[0]
-        return (self._pairs - before) / max(elapsed_s - start, 1e-9)
+        return (self._samples - before) / max(elapsed_s - start, 1e-9)
 
 
 def _describe(share: float, line: dict[str, Any]) -> str:
     elapsed = line["elapsed_s"]
     left = f"  {clock(elapsed * (1 - share) / share)} left" if share > 0 else ""
+    rate = next(key for key in line if key.endswith("_per_s"))
     return (
         f"step {line['step']}  loss {line['loss']:.4f}  rate {line['learning_rate']:.2e}  "
-        f"{line['pairs_per_s']:.0f} pairs/s  {clock(elapsed)}{left}"
+        f"{line[rate]:.0f} {rate.removesuffix('_per_s')}/s  {clock(elapsed)}{left}"
     )
 
 

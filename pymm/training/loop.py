@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,13 +20,15 @@ from pymm.training.display import Display, Rate, display, headline
 from pymm.training.environment import Stop, catch_signals, reproducible
 from pymm.training.errors import NonFiniteError, TrainingError
 from pymm.training.log import LOG, Log, read_log
-from pymm.training.optimizer import clamp_logit_scale, gradient_norm, progress, rate_factor, share_done
+from pymm.training.optimizer import gradient_norm, progress, rate_factor, share_done
 from pymm.training.rundir import WEIGHTS, checkpoints_of, export_weights, open_run
-from pymm.training.settings import ClipSettings
 from pymm.training.state import State
-from pymm.training.weights import evaluating
+from pymm.training.task_settings import TaskSettings
+from pymm.training.weights import evaluating, set_training_mode
 
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]
+# The parameters after a step -> what the log says of them; it may change them in place.
+AfterStep = Callable[[Mapping[str, nn.Parameter]], dict[str, float]]
 
 
 class Loader(Protocol):
@@ -68,20 +70,25 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 class Trainer:
-    """Trains a model on batches of pairs, from the last checkpoint where there is one.
+    """Trains a model on batches, from the last checkpoint where there is one.
 
     The steps depend on settings, seed, thread count and the loader's batches only: a run that is killed at
     any moment and started again ends in the same bits as one that is not, unless `schedule.max_seconds`
     drives it.
 
     Args:
-        model: float32, on any device; it is moved to `settings.run.device`.
-        objective: `(outputs, ids)` -> the mean loss of a batch.
+        model: float32, on any device; it is moved to `settings.run.device`. Parameters that need no gradient
+            stay as they are, and modules that have no others stay in eval mode.
+        objective: `(outputs, ids)` -> the mean loss of a batch; `pymm.training.accumulate.mean_loss` where
+            `forward` gives losses.
         settings: of the run.
         forward: `(model, batch)` -> outputs; see `Accumulator`.
         evaluate: `(model, step)` -> scores, called in the main process every `run.evaluate_every` steps and
             at the end, with the model as it would be saved: float32, averaged where there is an average, in
             eval mode.
+        after_step: called with the parameters after each step, in every process; it may bound them in place,
+            and what it returns is logged.
+        rates: name -> the parameter's share of the learning rate, 1 by default.
         on_step: called in the main process after each step with the line that the log would hold.
     """
 
@@ -89,18 +96,22 @@ class Trainer:
         self,
         model: nn.Module,
         objective: Objective,
-        settings: ClipSettings,
+        settings: TaskSettings,
         *,
         forward: Forward = call_model,
         evaluate: Evaluate | None = None,
+        after_step: AfterStep | None = None,
+        rates: Mapping[str, float] | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.settings, self.evaluate, self.on_step = settings, evaluate, on_step
+        self.after_step = after_step
         self.device = distributed.local_device(settings.run.device)
         self.directory = Path(settings.run.out)
         self.world = distributed.current_world()
-        self.model = model.to(self.device).train()
-        self.state = State(self.model, settings)
+        self.model = model.to(self.device)
+        set_training_mode(self.model)
+        self.state = State(self.model, settings, rates)
         self.accumulate = Accumulator(
             self.model,
             objective,
@@ -157,7 +168,7 @@ class Trainer:
                     line = self._step(batch)
                     elapsed, signal = distributed.agree([time.monotonic() - began, stop.signal], self.device)
                     position.elapsed_s, self.signal = elapsed, int(signal)
-                    line["pairs_per_s"] = rate(elapsed, len(batch.ids) * self.world.size)
+                    line[f"{self.settings.unit}_per_s"] = rate(elapsed, len(batch.ids) * self.world.size)
                     line["elapsed_s"] = elapsed
                     self._after_step(line, show, log)
                     if self._over or self.signal:
@@ -181,7 +192,7 @@ class Trainer:
         done = progress(position.step, position.elapsed_s, self.settings.schedule)
         learning_rate = settings.learning_rate * rate_factor(done, self.settings.schedule)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         state.weights.zero_grad()
         distributed.synchronize(self.model.buffers())  # running statistics: the main process's, as saved
         micro_batches = split(batch, self.settings.data.micro_batch_size)
@@ -192,16 +203,14 @@ class Trainer:
         line |= {"learning_rate": learning_rate, "grad_norm": norm.item()}
         self._check_finite(line)
         state.optimizer.step()
-        clamp_logit_scale(parameters, settings.max_logit_scale)
+        if self.after_step is not None:
+            line |= self.after_step(parameters)
         state.weights.publish()
         if state.average is not None:
             state.average.update()
         position.step += 1
         position.batch += 1
         self.loss = line["loss"]
-        scale = parameters.get("logit_scale")
-        if scale is not None:
-            line["logit_scale"] = scale.exp().item()
         return line
 
     def _placed(self, batch: Any) -> Any:

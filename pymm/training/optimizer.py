@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pymm.training.settings import OptimizerSettings, ScheduleSettings
+from pymm.training.task_settings import AdamWSettings, ScheduleSettings
 from pymm.training.weights import Weights, check_names
 
 # Class, register, mask and position parameters of models that do not name them in `no_weight_decay()`.
@@ -30,14 +30,19 @@ def is_decayed(name: str, parameter: Tensor, excluded: Iterable[str] = ()) -> bo
 
 
 def parameter_groups(
-    model: nn.Module, parameters: Mapping[str, Tensor], weight_decay: float
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, object]]:
-    """Two AdamW groups, decayed and not.
+    """AdamW's groups: for each share of the learning rate one that is decayed and one that is not.
 
     Args:
         model: asked for `no_weight_decay()`, in itself and its parts.
         parameters: name -> what the optimizer moves.
-        weight_decay: of the first group.
+        weight_decay: of the decayed groups.
+        rates: name -> the parameter's share of the learning rate, 1 where there is none; a group's stands in
+            it as `"rate"`.
     """
     excluded = {
         f"{prefix}.{name}" if prefix else name
@@ -45,18 +50,22 @@ def parameter_groups(
         if callable(getattr(module, "no_weight_decay", None))
         for name in module.no_weight_decay()
     }
-    decayed = [p for name, p in parameters.items() if is_decayed(name, p, excluded)]
-    rest = [p for name, p in parameters.items() if not is_decayed(name, p, excluded)]
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, p in parameters.items():
+        rate = 1.0 if rates is None else rates.get(name, 1.0)
+        groups.setdefault((rate, is_decayed(name, p, excluded)), []).append(p)
     return [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, weight_decay), (rest, 0.0))
-        if params
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0, "rate": rate}
+        for (rate, decayed), params in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
 
 
-def build_optimizer(weights: Weights, settings: OptimizerSettings) -> torch.optim.AdamW:
+def build_optimizer(
+    weights: Weights, settings: AdamWSettings, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; `rates` as in `parameter_groups`."""
     return torch.optim.AdamW(
-        parameter_groups(weights.model, weights.trainable, settings.weight_decay),
+        parameter_groups(weights.model, weights.trainable, settings.weight_decay, rates),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

@@ -13,8 +13,8 @@ from torch import Tensor
 from pymm.training.checkpoint import list_checkpoints, remove_leftovers, save_tensors
 from pymm.training.errors import SettingsError, TrainingError
 from pymm.training.files import sync_file, write_atomically
-from pymm.training.settings import changed
 from pymm.training.settings_file import load_settings, to_json
+from pymm.training.task_settings import changed
 
 SETTINGS, WEIGHTS = "settings.json", "model.safetensors"
 

@@ -1,29 +1,42 @@
-"""The settings of a run: typed, frozen, on the command line and in `settings.json` beside the checkpoints.
+"""The settings of a CLIP run, beside those that every task has (`pymm.training.task_settings`).
 
 This file imports nothing heavy, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import ClassVar, Literal
 
-import tyro
+from pymm.training.task_settings import (
+    FREE,
+    AdamWSettings,
+    AugmentSettings,
+    BatchSettings,
+    RunSettings,
+    ScheduleSettings,
+    Section,
+    TaskSettings,
+    changed,
+    require,
+)
 
-from pymm.training.errors import SettingsError
-
-# A setting marked so may differ between a run and its continuation: it changes no weight.
-FREE: dict[str, bool] = {"free": True}
-
-
-def _require(ok: bool, key: str, expected: str, got: object) -> None:
-    if not ok:
-        raise SettingsError(f"settings: {key} must be {expected}, got {got!r}")
+__all__ = [
+    "AugmentSettings",
+    "ClipSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "RunSettings",
+    "ScheduleSettings",
+    "changed",
+]
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Section):
     """Which model."""
 
     name: str = "clip_rn_tiny"
@@ -33,49 +46,11 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class AugmentSettings:
-    """Random changes of the training pictures; see `pymm.data.TrainTransform`."""
-
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    """Range of the crop's share of the area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width / height."""
-    flip: float = 0.0
-    """Probability of a left-right flip."""
-    rotate: float = 0.0
-    """Largest angle in degrees."""
-    translate: float = 0.0
-    """Largest shift as a share of the size."""
-    zoom: tuple[float, float] = (1.0, 1.0)
-    """Range of the scale."""
-    jitter: float = 1.0
-    """Probability of the four colour changes."""
-    brightness: float = 0.0
-    """Largest change of the factor 1."""
-    contrast: float = 0.0
-    """Likewise."""
-    saturation: float = 0.0
-    """Likewise."""
-    hue: float = 0.0
-    """Largest turn of the colour circle, in whole turns."""
-    grayscale: float = 0.0
-    """Probability of losing all colour."""
-    background: tuple[int, int, int] = (255, 255, 255)
-    """Colour under transparent pixels."""
-    random_background: float = 0.0
-    """Probability of another colour there, any one."""
-
-
-@dataclass(frozen=True)
-class DataSettings:
+class DataSettings(BatchSettings):
     """What the model sees."""
 
     source: tuple[str, ...] = ("emoji:twemoji,fluent",)
     """WebDataset shards: folders, globs, paths, URLs, or "emoji:STYLE,STYLE" for the embedded pack."""
-    batch_size: int = 256
-    """Pairs per optimizer step, over all processes: what a pair is contrasted with."""
-    micro_batch_size: int | None = None
-    """Pairs that pass through the model at once; smaller needs less memory. By default the whole batch."""
     accumulation: Literal["cached", "plain"] = "cached"
     """How micro-batches become one step. "cached": features first, then the loss of the whole batch, then
     each micro-batch again with its gradient; the result is that of the whole batch. "plain": every
@@ -94,26 +69,17 @@ class DataSettings:
     """Size of a learned vocabulary; at most, and by default, the model's."""
     context_length: int | None = None
     """Tokens per text; at most, and by default, the model's."""
-    batches_per_epoch: int | None = None
-    """Ends an epoch after so many batches; needed for streams in distributed runs."""
-    workers: int = field(default=0, metadata=FREE)
-    """Processes that decode pictures beside the training process."""
 
     def __post_init__(self) -> None:
-        _require(len(self.source) > 0, "data.source", "at least one source", self.source)
-        _require(self.batch_size >= 1, "data.batch_size", "at least 1", self.batch_size)
-        micro = self.micro_batch_size
-        _require(micro is None or micro >= 1, "data.micro_batch_size", "at least 1", micro)
-        _require(0 <= self.holdout < 1, "data.holdout", "in [0, 1)", self.holdout)
+        super().__post_init__()
+        require(len(self.source) > 0, "data.source", "at least one source", self.source)
+        require(0 <= self.holdout < 1, "data.holdout", "in [0, 1)", self.holdout)
         embedded = all(source.startswith("emoji:") for source in self.source)
-        _require(embedded or self.holdout == 0, "data.holdout", "0 for your own shards", self.holdout)
-        batches = self.batches_per_epoch
-        _require(batches is None or batches >= 1, "data.batches_per_epoch", "at least 1", batches)
-        _require(self.workers >= 0, "data.workers", "at least 0", self.workers)
+        require(embedded or self.holdout == 0, "data.holdout", "0 for your own shards", self.holdout)
 
 
 @dataclass(frozen=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Section):
     """What is asked of the model."""
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
@@ -124,72 +90,31 @@ class ObjectiveSettings:
     """Pairs of one concept are each other's positives."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.label_smoothing <= 1, "objective.label_smoothing", "in [0, 1]", self.label_smoothing
         )
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(AdamWSettings):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
-    learning_rate: float = 1e-3
-    """At the peak, after warm-up."""
     weight_decay: float = 0.2
     """Decoupled; biases, norms, class tokens, positions and the logit scale are left out."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Of the two moments."""
     eps: float = 1e-6
     """Added to the root of the second moment."""
-    clip_norm: float | None = 1.0
-    """Largest global norm of the gradient; None leaves it alone."""
     max_logit_scale: float = 100.0
     """The logit scale never exceeds this."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the weights, in (0, 1); what is evaluated and saved at the
-    end."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
-        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", "in [0, 1)", self.betas)
-        _require(self.eps > 0, "optimizer.eps", "positive", self.eps)
-        clip = self.clip_norm
-        _require(clip is None or clip > 0, "optimizer.clip_norm", "positive", clip)
-        _require(self.max_logit_scale > 0, "optimizer.max_logit_scale", "positive", self.max_logit_scale)
-        _require(self.ema is None or 0 < self.ema < 1, "optimizer.ema", "in (0, 1)", self.ema)
+        super().__post_init__()
+        require(self.max_logit_scale > 0, "optimizer.max_logit_scale", "positive", self.max_logit_scale)
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
-    """How long, and how the learning rate moves: up in a line, then down a half cosine."""
-
-    steps: int | None = 1000
-    """Optimizer steps; None leaves the end to `max_seconds`."""
-    max_seconds: float | None = None
-    """Wall-clock budget. Where the steps do not fit into it, or none are given, time drives the learning
-    rate, which is down at the end all the same; such a run does not repeat bit for bit."""
-    warmup: float = 0.05
-    """Share of the run in which the learning rate rises."""
-    floor: float = 0.0
-    """The learning rate at the end, as a share of the peak."""
-
-    def __post_init__(self) -> None:
-        steps, seconds = self.steps, self.max_seconds
-        _require(
-            steps is not None or seconds is not None,
-            "schedule.steps",
-            "given where max_seconds is not",
-            steps,
-        )
-        _require(steps is None or steps >= 1, "schedule.steps", "at least 1", steps)
-        _require(seconds is None or seconds > 0, "schedule.max_seconds", "positive", seconds)
-        _require(0 <= self.warmup < 1, "schedule.warmup", "in [0, 1)", self.warmup)
-        _require(0 <= self.floor <= 1, "schedule.floor", "in [0, 1]", self.floor)
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Section):
     """What the model is asked during the run, at its end, and by `pymm eval`."""
 
     source: tuple[str, ...] = field(default=(), metadata=FREE)
@@ -200,73 +125,19 @@ class EvaluationSettings:
     """Pictures at a time."""
 
     def __post_init__(self) -> None:
-        _require(len(self.templates) > 0, "evaluation.templates", "at least one", self.templates)
-        _require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+        require(len(self.templates) > 0, "evaluation.templates", "at least one", self.templates)
+        require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """Where and how a run lives."""
-
-    out: Annotated[str, tyro.conf.arg(aliases=["--out"])] = field(default="runs/clip", metadata=FREE)
-    """Receives settings, tokenizer, checkpoints, logs and, at the end, model.safetensors."""
-    seed: Annotated[int, tyro.conf.arg(aliases=["--seed"])] = 0
-    """Of the weights, the order of the data, augmentation and dropout."""
-    resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=["--resume"])] = field(
-        default="auto", metadata=FREE
-    )
-    """"auto": go on from the last complete checkpoint, where there is one. "never": refuse a directory that
-    has checkpoints."""
-    checkpoint_every: int = field(default=200, metadata=FREE)
-    """Steps between checkpoints; the last step always makes one."""
-    keep: int = field(default=2, metadata=FREE)
-    """Checkpoints kept."""
-    evaluate_every: int = field(default=0, metadata=FREE)
-    """Steps between evaluations; 0 for none before the end."""
-    log_every: int = field(default=10, metadata=FREE)
-    """Steps between lines of log.jsonl."""
-    tensorboard: bool = field(default=False, metadata=FREE)
-    """Write TensorBoard logs; needs pymm[log]."""
-    threads: int | None = field(default=None, metadata=FREE)
-    """CPU threads; another number gives other last bits. By default torch's."""
-    device: str = field(default="cpu", metadata=FREE)
-    """Where the model is: "cpu", "cuda", "cuda:1"."""
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep", "log_every"):
-            _require(getattr(self, name) >= 1, f"run.{name}", "at least 1", getattr(self, name))
-        _require(0 <= self.seed < 2**63, "run.seed", "in [0, 2**63)", self.seed)
-        _require(self.evaluate_every >= 0, "run.evaluate_every", "at least 0", self.evaluate_every)
-        _require(self.threads is None or self.threads >= 1, "run.threads", "at least 1", self.threads)
-
-
-@dataclass(frozen=True)
-class ClipSettings:
+class ClipSettings(TaskSettings):
     """Everything that `pymm train clip` is told."""
+
+    task: ClassVar[str] = "clip"
+    unit: ClassVar[str] = "pairs"
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    run: RunSettings = field(default_factory=RunSettings)
-    precision: Literal["fp32", "bf16-autocast", "bf16"] = "fp32"
-    """"bf16-autocast": float32 weights, products in bfloat16. "bf16": bfloat16 weights with float32 masters
-    in the optimizer, so that small updates are not lost."""
-
-
-def changed(
-    before: Any, after: Any, prefix: str = "", *, ignore_free: bool = True
-) -> list[tuple[str, Any, Any]]:
-    """The settings that differ, as `(dotted key, before, after)`; by default without those marked free."""
-    found: list[tuple[str, Any, Any]] = []
-    for f in dataclasses.fields(before):
-        if ignore_free and f.metadata.get("free"):
-            continue
-        old, new = getattr(before, f.name), getattr(after, f.name)
-        if dataclasses.is_dataclass(old):
-            found += changed(old, new, f"{prefix}{f.name}.", ignore_free=ignore_free)
-        elif old != new:
-            found.append((f"{prefix}{f.name}", old, new))
-    return found

@@ -15,8 +15,25 @@ from pymm.training.errors import SettingsError
 T = TypeVar("T")
 
 
+# Files without a task are CLIP's: they are older than the other tasks.
+_FIRST = "clip"
+
+
 def to_json(settings: Any) -> str:
-    return json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    """The settings, with the name of their task in front; CLIP's files carry none."""
+    task = getattr(settings, "task", _FIRST)
+    name = {} if task == _FIRST else {"task": task}
+    return json.dumps(name | dataclasses.asdict(settings), indent=2) + "\n"
+
+
+def task_in(path: Path) -> str:
+    """The name of the task that a settings file is of.
+
+    Raises:
+        FileNotFoundError, SettingsError: as `load_settings`.
+    """
+    values = _read(path)
+    return str(values.get("task", _FIRST)) if isinstance(values, dict) else _FIRST
 
 
 def load_settings(cls: type[T], path: Path | str) -> T:
@@ -28,19 +45,32 @@ def load_settings(cls: type[T], path: Path | str) -> T:
 
     Raises:
         FileNotFoundError: when there is no file.
-        SettingsError: for a file that is no JSON object, an unknown key (it names the nearest valid ones), a
-            missing key that has no default, or a value of the wrong type.
+        SettingsError: for a file that is no JSON object or of another task, an unknown key (it names the
+            nearest valid ones), a missing key that has no default, or a value of the wrong type.
     """
     path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SettingsError(f"{path}: not JSON: {error}") from error
+    values, task = _read(path), getattr(cls, "task", None)
+    if task is not None and isinstance(values, dict):
+        found = values.pop("task", task)
+        if found != task:
+            raise SettingsError(f"{path}: settings must be of the task {task}, got {found}")
     return from_dict(cls, values, str(path))
 
 
-def from_dict(cls: type[T], values: Any, where: str = "settings", prefix: str = "") -> T:
-    """Build the dataclass `cls` from nested dictionaries; `where` begins every error."""
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{path}: not JSON: {error}") from error
+
+
+def from_dict(
+    cls: type[T], values: Any, where: str = "settings", prefix: str = "", default: T | None = None
+) -> T:
+    """Build the dataclass `cls` from nested dictionaries; `where` begins every error.
+
+    What the dictionaries leave out is that of `default`, or the class's own.
+    """
     if not isinstance(values, dict):
         raise SettingsError(f"{where}: {prefix.rstrip('.') or 'settings'} must be an object, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -50,11 +80,18 @@ def from_dict(cls: type[T], values: Any, where: str = "settings", prefix: str = 
             raise SettingsError(
                 f"{where}: unknown key {prefix}{key!s}; {_nearest(key, list(fields), prefix)}"
             )
-    for name, f in fields.items():
-        default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        if name not in values and not default:
+    defaults = {
+        name: _default(f) if default is None else getattr(default, name) for name, f in fields.items()
+    }
+    for name, known in defaults.items():
+        if name not in values and known is dataclasses.MISSING:
             raise SettingsError(f"{where}: the key {prefix}{name} is missing")
-    return cls(**{key: _value(types_of[key], values[key], where, prefix + key) for key in values})
+    given = {key: _value(types_of[key], values[key], where, prefix + key, defaults[key]) for key in values}
+    return cls(**given) if default is None else dataclasses.replace(default, **given)  # type: ignore[type-var]
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _nearest(key: str, valid: list[str], prefix: str) -> str:
@@ -64,10 +101,11 @@ def _nearest(key: str, valid: list[str], prefix: str) -> str:
     return f"valid: {', '.join(prefix + name for name in sorted(valid))}"
 
 
-def _value(kind: Any, value: Any, where: str, key: str) -> Any:
+def _value(kind: Any, value: Any, where: str, key: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where, f"{key}.")
+        section = default if isinstance(default, typing.cast(type, kind)) else None
+        return from_dict(typing.cast(type, kind), value, where, f"{key}.", section)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None

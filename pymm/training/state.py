@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from pymm.training.checkpoint import Snapshot
 from pymm.training.errors import CheckpointError
 from pymm.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
-from pymm.training.settings import ClipSettings
+from pymm.training.task_settings import TaskSettings
 from pymm.training.weights import Average, Weights
 
 
@@ -37,11 +38,14 @@ class State:
     Args:
         model: float32.
         settings: of the run.
+        rates: see `pymm.training.optimizer.parameter_groups`.
     """
 
-    def __init__(self, model: nn.Module, settings: ClipSettings) -> None:
+    def __init__(
+        self, model: nn.Module, settings: TaskSettings, rates: Mapping[str, float] | None = None
+    ) -> None:
         self.weights = Weights(model, low_precision=settings.precision == "bf16")
-        self.optimizer = build_optimizer(self.weights, settings.optimizer)
+        self.optimizer = build_optimizer(self.weights, settings.optimizer, rates)
         decay = settings.optimizer.ema
         self.average = Average(self.weights, decay) if decay is not None else None
         self.position = Position()

@@ -163,6 +163,16 @@ def evaluating(weights: Weights, average: Average | None) -> Iterator[nn.Module]
             m.training = training
 
 
+def set_training_mode(model: nn.Module) -> None:
+    """Training mode, but for modules whose parameters are all frozen: their batch norms keep their statistics
+    and their dropout rests."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
 def check_names(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], what: str) -> None:
     """Require the same names and shapes."""
     missing, extra = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pymm.objectives import ContrastiveObjective
 from pymm.training import distributed
+from pymm.training.clip import bound_logit_scale
 from pymm.training.loop import RunResult, Trainer
 from pymm.training.settings import (
     ClipSettings,
@@ -109,5 +110,6 @@ def model(**options: Any) -> SmallClip:
 
 def fit(given: ClipSettings, loader: Any = None, small: nn.Module | None = None, **options: Any) -> RunResult:
     objective = options.pop("objective", ContrastiveObjective())
+    options.setdefault("after_step", bound_logit_scale(given.optimizer.max_logit_scale))
     trainer = Trainer(small if small is not None else model(), objective, given, **options)
     return trainer.fit(loader if loader is not None else PairLoader())

@@ -69,6 +69,38 @@ def test_groups_hold_every_parameter_once_and_ask_the_parts() -> None:
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
 
 
+def test_shares_of_the_learning_rate_make_groups() -> None:
+    whole = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    named = dict(whole.named_parameters())
+    groups = parameter_groups(whole, named, 0.1, {"0.weight": 0.25, "0.bias": 0.25})
+    assert [(g["rate"], g["weight_decay"]) for g in groups] == [(1, 0.1), (1, 0), (0.25, 0.1), (0.25, 0)]
+    assert sum(len(g["params"]) for g in groups) == 4  # type: ignore[arg-type]
+
+
+def test_training_follows_the_shares_and_leaves_the_frozen_alone(tmp_path: Path) -> None:
+    def moved(directory: str, rates: dict[str, float]) -> tuple[nn.Module, dict[str, float]]:
+        small = model(batch_norm=True)
+        small.visual.requires_grad_(False)
+        before = {name: t.clone() for name, t in small.state_dict().items()}
+        given = settings(
+            tmp_path / directory,
+            schedule={"steps": 1, "warmup": 0.0},
+            optimizer={"weight_decay": 0.0, "ema": None},
+        )
+        fit(given, small=small, rates=rates)
+        after = small.state_dict()
+        return small, {name: (after[name] - t).abs().max().item() for name, t in before.items()}
+
+    small, whole = moved("a", {})
+    _, tenth = moved("b", {"text.0.weight": 0.1})
+    assert tenth["text.0.weight"] == pytest.approx(0.1 * whole["text.0.weight"], rel=1e-3)
+    assert tenth["text.3.weight"] == pytest.approx(whole["text.3.weight"], rel=1e-3)
+    # Frozen: neither weights nor running statistics move, and dropout rests.
+    assert all(change == 0 for name, change in whole.items() if name.startswith("visual."))
+    assert not any(module.training for module in small.visual.modules())
+    assert small.text.training
+
+
 def test_decay_shrinks_what_it_should_and_nothing_else() -> None:
     whole = SmallClip()
     weights = Weights(whole)

@@ -5,14 +5,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tyro
 
 from pymm.training.errors import SettingsError
+from pymm.training.runs import Run
 from pymm.training.settings import AugmentSettings, ClipSettings, DataSettings, changed
-from pymm.training.settings_file import from_dict, load_settings, to_json
+from pymm.training.settings_file import from_dict, load_settings, task_in, to_json
+from pymm.training.task_settings import AdamWSettings, TaskSettings
+from pymm.training.tasks import TASKS, Task, find_task, imported
 
 
 def parse(*arguments: str) -> ClipSettings:
@@ -125,6 +128,51 @@ def test_augmentation_is_what_the_transform_takes() -> None:
     ours = {f.name: f.default for f in dataclasses.fields(AugmentSettings)}
     assert taken.keys() - ours.keys() == {"size", "mean", "std", "output"}
     assert ours == {name: taken[name] for name in ours}
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherSettings(TaskSettings):
+    """Of a task that is not CLIP, and has other defaults inside a section."""
+
+    task: ClassVar[str] = "other"
+    optimizer: AdamWSettings = dataclasses.field(default_factory=lambda: AdamWSettings(learning_rate=0.5))
+
+
+def test_a_file_names_its_task(tmp_path: Path) -> None:
+    clip, other = tmp_path / "clip.json", tmp_path / "other.json"
+    clip.write_text(to_json(ClipSettings()))
+    other.write_text(to_json(OtherSettings()))
+    assert "task" not in json.loads(clip.read_text())  # as files from before there were tasks
+    assert (task_in(clip), task_in(other)) == ("clip", "other")
+    assert load_settings(OtherSettings, other) == OtherSettings()
+    with pytest.raises(SettingsError, match="settings must be of the task clip, got other"):
+        load_settings(ClipSettings, other)
+    with pytest.raises(SettingsError, match="task must be one of clip"):
+        find_task("other")
+    assert (OtherSettings().run.out, ClipSettings().run.out) == ("runs/other", "runs/clip")
+
+
+def test_a_part_of_a_section_leaves_the_task_its_defaults() -> None:
+    given = from_dict(OtherSettings, {"optimizer": {"weight_decay": 0.0}})
+    assert given.optimizer == AdamWSettings(learning_rate=0.5, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_rows_of_tasks_name_what_is_there(task: Task) -> None:
+    settings = imported(task.settings)
+    assert settings.task == task.name
+    assert issubclass(settings, TaskSettings)
+    assert issubclass(imported(task.run), Run)
+    assert callable(imported(task.train))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys, {task.settings.partition(':')[0]}; assert 'torch' not in sys.modules",
+        ],
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0
 
 
 def test_settings_do_not_change() -> None:

@@ -1,0 +1,136 @@
+"""How every run begins, and loading what it left behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from pymm.training import distributed
+from pymm.training.checkpoint import list_checkpoints, verify
+from pymm.training.errors import CheckpointError
+from pymm.training.rundir import SETTINGS, WEIGHTS, check_settings, checkpoints_of
+from pymm.training.settings_file import load_settings, task_in
+from pymm.training.task_settings import TaskSettings
+from pymm.training.tasks import find_task, imported
+from pymm.training.weights import check_names
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def begin_run(settings: TaskSettings) -> Iterator[distributed.World]:
+    """The processes of a run, which may continue the one in its directory.
+
+    Raises:
+        SettingsError: when the directory's run began with other settings.
+    """
+    with distributed.process_group(settings.run.device) as world:
+        if world.is_main:
+            check_settings(Path(settings.run.out), settings)
+        yield world
+
+
+@dataclass(frozen=True)
+class Run(ABC):
+    """A run as its directory holds it.
+
+    Attributes:
+        model: in eval mode, float32.
+        settings: those of the run.
+        weights: the file that the model's weights are from.
+    """
+
+    model: nn.Module
+    settings: TaskSettings
+    weights: Path
+
+    @classmethod
+    @abstractmethod
+    def load(cls, home: Path, settings: Any, weights: Path) -> Run:
+        """The run of a directory: the model of its settings with these weights (see `load_weights`)."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """What the settings' evaluation asks, as the run does at its end; the model is where it is to be.
+
+        Raises:
+            SettingsError: when the settings ask for nothing.
+        """
+
+    @abstractmethod
+    def table(self, scores: dict[str, Any]) -> Table:
+        """The scores for a terminal."""
+
+
+def load_run(path: Path | str) -> Run:
+    """Load a trained model, whatever its task was.
+
+    Args:
+        path: a run's directory (its `model.safetensors`, or the newest checkpoint when it has not ended),
+            one of its checkpoints (the averaged weights where there are some), or a safetensors file inside
+            either.
+
+    Returns:
+        The task's kind of run, such as `pymm.training.clip.ClipRun`.
+
+    Raises:
+        FileNotFoundError: when there is no such path, no settings beside it, or no weights.
+        CheckpointError: when the checkpoint is damaged or the weights do not fit the model.
+        SettingsError: when the settings are not readable.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"load_run: {path} does not exist")
+    inside = path.resolve() if path.is_dir() else path.resolve().parent
+    home = next((p for p in (inside, *inside.parents[:2]) if (p / SETTINGS).is_file()), None)
+    if home is None:
+        raise FileNotFoundError(
+            f"load_run: {path} must be a run's directory or a part of it: no {SETTINGS} there"
+        )
+    task = find_task(task_in(home / SETTINGS))
+    settings = load_settings(imported(task.settings), home / SETTINGS)
+    weights = _weights(path, home)
+    if (weights.parent / "manifest.json").exists():
+        verify(weights.parent)
+    found: Run = imported(task.run).load(home, settings, weights)
+    return found
+
+
+def load_weights(model: Model, weights: Path, what: str) -> Model:
+    """Put a run's weights into a model, which is in eval mode afterwards.
+
+    Raises:
+        CheckpointError: when the file is damaged or is not of `what`.
+    """
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"load_run: {weights} cannot be read: {error}") from error
+    check_names(model.state_dict(), tensors, what)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _weights(path: Path, home: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.resolve() == home:
+        if (home / WEIGHTS).is_file():
+            return home / WEIGHTS
+        checkpoints = list_checkpoints(checkpoints_of(home))
+        if not checkpoints:
+            raise FileNotFoundError(f"load_run: {path} holds neither {WEIGHTS} nor a checkpoint")
+        path = checkpoints[0]
+    found = [path / name for name in ("average.safetensors", "model.safetensors") if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"load_run: {path} holds no weights")
+    return found[0]
