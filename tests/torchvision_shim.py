@@ -2,8 +2,9 @@
 
 The wheel on the package index is for CUDA: its library asks the linker for `libc10_cuda.so`,
 `libtorch_cuda.so` and `libcudart.so.13`, and without them torchvision fails to import, and whatever imports
-torchvision with it. Its CPU operators need none of the three. So two libraries of those names, whose functions
-end the program, are compiled and loaded beside the wheel's own copy of the third, before torchvision is imported.
+torchvision with it. Its CPU operators need none of the three. So two libraries of those names, whose
+functions end the program, are compiled and loaded beside the wheel's own copy of the third, before
+torchvision is imported.
 """
 
 from __future__ import annotations
