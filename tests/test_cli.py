@@ -38,7 +38,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     )
     done = run(code=code)
     assert done.returncode == 0, done.stderr
-    for words in ("train clip", "eval", "list", "doctor", "bench", "demo"):
+    for words in ("train clip", "eval", "data scenes", "list", "doctor", "bench", "demo"):
         assert words in done.stdout
 
 

@@ -1,9 +1,11 @@
-"""Images and captions: WebDataset shards, the embedded emoji pack, transforms and tokenizers."""
+"""Images and captions: WebDataset shards, the emoji pack, synthetic scenes, transforms and tokenizers."""
 
 from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
 from pymm.data.loader import Batch, ImageTextLoader
 from pymm.data.report import Report
 from pymm.data.samples import Limits
+from pymm.data.scenes import Scene, SceneObject, Scenes, SceneSettings
+from pymm.data.scenes_dataset import Detection, DetectionBatch, SceneDetection, collate
 from pymm.data.shards import list_shards
 from pymm.data.tokenizer import Tokenizer
 from pymm.data.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, TrainTransform, Transform
@@ -12,13 +14,21 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "Batch",
+    "Detection",
+    "DetectionBatch",
     "EvalTransform",
     "ImageTextLoader",
     "Limits",
     "Report",
+    "Scene",
+    "SceneDetection",
+    "SceneObject",
+    "SceneSettings",
+    "Scenes",
     "Tokenizer",
     "TrainTransform",
     "Transform",
+    "collate",
     "emoji_concepts",
     "emoji_shards",
     "list_shards",

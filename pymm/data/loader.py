@@ -94,7 +94,7 @@ class ImageTextLoader:
         ids: what makes two samples the same concept: equal `"key"`, equal `"caption"`, or nothing
             (`"sample"`), for shards whose keys start again in each.
         cache: `"decoded"`: decode every image once and keep it as bytes, for small sets. `"none"`: stream.
-            `"auto"`: decoded for the embedded pack, else none.
+            `"auto"`: decoded for the embedded pack and synthetic scenes, else none.
         limits: sizes beyond which a sample is skipped or a cache refused.
         workers: processes that decode and transform; 0 does it in this one. The batches are the same ones.
         rank, world_size: this process's share of a distributed run. A cached source is dealt out by samples,
@@ -146,7 +146,9 @@ class ImageTextLoader:
             fail(WHERE, "cache", '"auto", "decoded" or "none"', repr(cache))
         self.source, self.shards = source, list_shards(source)
         if cache == "auto":
-            cache = "decoded" if isinstance(source, str) and source.startswith("emoji:") else "none"
+            cache = (
+                "decoded" if isinstance(source, str) and source.startswith(("emoji:", "scenes:")) else "none"
+            )
         if cache == "none" and world_size > 1:
             if batches_per_epoch is None:
                 fail(WHERE, "batches_per_epoch", "given for a stream in a distributed run", None)

@@ -28,8 +28,9 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
     Args:
         source: a folder (its `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2` and `.tar.xz` files, sorted by name), a
             glob (`*`, `?`, `[...]`, local or in an object store; sorted), braces (`{0000..0099}`), a path, a
-            URL (http, https, or an object store through fsspec), a list of all these, or
-            `"emoji:twemoji,fluent"` for the embedded pack.
+            URL (http, https, or an object store through fsspec), a list of all these,
+            `"emoji:twemoji,fluent"` for the embedded pack, or `"scenes:count=1000,size=96"` for synthetic
+            scenes (see `pymm.data.SceneSettings.parse`).
 
     Raises:
         ValueError: when a source could reach a shell or uses an unknown scheme.
@@ -45,6 +46,10 @@ def list_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
 def _expand(source: str) -> list[str]:
     if source.startswith("emoji:"):
         return [str(path) for path in emoji_shards(source.removeprefix("emoji:").split(","))]
+    if source.startswith("scenes:"):
+        from pymm.data.scenes_shards import virtual_shards
+
+        return virtual_shards(source)
     check_source(source)
     path = local_path(source)
     if path is not None and path.is_file():
@@ -139,6 +144,12 @@ def read_samples(shards: Iterable[str], report: Report, max_member_bytes: int) -
 
 def _files(shard: str, report: Report, max_member_bytes: int) -> Iterator[dict[str, Any]]:
     """The members of one shard in webdataset's form, and the empty dict by which it separates shards."""
+    if shard.startswith("scenes:"):
+        from pymm.data.scenes_shards import virtual_files
+
+        yield from virtual_files(shard)
+        yield {}
+        return
     with open_shard(shard) as stream:
         tar = _open_tar(shard, stream)
         while True:
