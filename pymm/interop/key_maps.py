@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pymm.interop import transformers_maps
-from pymm.interop.rules import BATCH_OF_ONE, TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
+from pymm.interop import transformers_maps, vit_maps
+from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
 from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
 from pymm.models.convnet import ConvNet, GridMap
@@ -79,14 +79,6 @@ def _clip_text(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-_TIMM_VIT = (
-    Rule(r"embed\.(weight|bias)", (r"patch_embed.proj.\1",)),
-    Rule(r"embed\.prefix", ("cls_token",), BATCH_OF_ONE),
-    Rule(r"embed\.position", ("pos_embed",), BATCH_OF_ONE),
-    Rule(r"blocks\.(\d+)\.scale([12])", (r"blocks.\1.ls\2.gamma",)),
-    Rule(r"((?:norm_pre|blocks|norm|head)\..*)", (r"\1",)),
-)
-
 _TORCHVISION_RESNET = (
     Rule(r"stem\.(conv|bn)\.(.*)", (r"\g<1>1.\2",)),
     *_residual_stages("", ""),
@@ -152,13 +144,16 @@ KEY_MAPS = (
         ignored=transformers_maps.CLIP_IGNORED,
         fits=_has_vit,
     ),
-    KeyMap(("timm",), VisionTransformer, _TIMM_VIT),
+    *vit_maps.MAPS,
     KeyMap(("transformers",), VisionTransformer, transformers_maps.VIT_RULES),
     KeyMap(
         ("transformers",),
         VisionTransformer,
         transformers_maps.VIT_MODEL_RULES,
         variant="as its models have it",
+    ),
+    KeyMap(
+        ("transformers",), VisionTransformer, transformers_maps.VIT_HEADLESS_RULES, variant="without a head"
     ),
     KeyMap(("torchvision", "timm"), ResNet, _TORCHVISION_RESNET),
     KeyMap(("transformers",), ResNet, transformers_maps.RESNET_RULES),

@@ -35,44 +35,54 @@ CLIP_RULES = (
 CLIP_IGNORED = (r"(text|vision)_model\.embeddings\.position_ids",)
 
 
-def _vit(blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def vit_embed(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The patch embedding of its vision transformers, behind the two prefixes."""
     return (
-        Rule(r"embed\.(weight|bias)", (r"vit.embeddings.patch_embeddings.projection.\1",)),
-        Rule(r"embed\.prefix", ("vit.embeddings.cls_token",), BATCH_OF_ONE),
-        Rule(r"embed\.position", ("vit.embeddings.position_embeddings",), BATCH_OF_ONE),
+        Rule(ours + r"embed\.(weight|bias)", (theirs + r"embeddings.patch_embeddings.projection.\1",)),
+        Rule(ours + r"embed\.prefix", (theirs + "embeddings.cls_token",), BATCH_OF_ONE),
+        Rule(ours + r"embed\.position", (theirs + "embeddings.position_embeddings",), BATCH_OF_ONE),
+    )
+
+
+def vit_file_blocks(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The blocks of its vision transformers in its files, behind prefixes that end before the number."""
+    a, b = ours + r"(\d+)\.", theirs + r"\1."
+    three = tuple(b + rf"attention.attention.{x}.\2" for x in ("query", "key", "value"))
+    return (
+        Rule(a + r"norm1\.(.*)", (b + r"layernorm_before.\2",)),
+        Rule(a + r"norm2\.(.*)", (b + r"layernorm_after.\2",)),
+        Rule(a + r"attn\.qkv\.(weight|bias)", three, stacked(3)),
+        Rule(a + r"attn\.proj\.(.*)", (b + r"attention.output.dense.\2",)),
+        Rule(a + r"mlp\.fc1\.(.*)", (b + r"intermediate.dense.\2",)),
+        Rule(a + r"mlp\.fc2\.(.*)", (b + r"output.dense.\2",)),
+    )
+
+
+def vit_model_blocks(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The same blocks in its models."""
+    a, b = ours + r"(\d+)\.", theirs + r"\1."
+    three = tuple(b + rf"attention.{x}_proj.\2" for x in "qkv")
+    return (
+        Rule(a + r"norm1\.(.*)", (b + r"layernorm_before.\2",)),
+        Rule(a + r"norm2\.(.*)", (b + r"layernorm_after.\2",)),
+        Rule(a + r"attn\.qkv\.(weight|bias)", three, stacked(3)),
+        Rule(a + r"attn\.proj\.(.*)", (b + r"attention.o_proj.\2",)),
+        Rule(a + r"(mlp\.fc[12]\..*)", (b + r"\2",)),
+    )
+
+
+def _vit(prefix: str, blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    return (
+        *vit_embed("", prefix),
         *blocks,
-        Rule(r"norm\.(.*)", (r"vit.layernorm.\1",)),
+        Rule(r"norm\.(.*)", (prefix + r"layernorm.\1",)),
         Rule(r"head\.(.*)", (r"classifier.\1",)),
     )
 
 
-_OURS, _FILE, _MODEL = r"blocks\.(\d+)\.", r"vit.encoder.layer.\1.", r"vit.layers.\1."
-
-VIT_RULES = _vit(
-    (
-        Rule(_OURS + r"norm1\.(.*)", (_FILE + r"layernorm_before.\2",)),
-        Rule(_OURS + r"norm2\.(.*)", (_FILE + r"layernorm_after.\2",)),
-        Rule(
-            _OURS + r"attn\.qkv\.(.*)",
-            tuple(_FILE + rf"attention.attention.{x}.\2" for x in ("query", "key", "value")),
-            stacked(3),
-        ),
-        Rule(_OURS + r"attn\.proj\.(.*)", (_FILE + r"attention.output.dense.\2",)),
-        Rule(_OURS + r"mlp\.fc1\.(.*)", (_FILE + r"intermediate.dense.\2",)),
-        Rule(_OURS + r"mlp\.fc2\.(.*)", (_FILE + r"output.dense.\2",)),
-    )
-)
-VIT_MODEL_RULES = _vit(
-    (
-        Rule(_OURS + r"norm1\.(.*)", (_MODEL + r"layernorm_before.\2",)),
-        Rule(_OURS + r"norm2\.(.*)", (_MODEL + r"layernorm_after.\2",)),
-        Rule(
-            _OURS + r"attn\.qkv\.(.*)", tuple(_MODEL + rf"attention.{x}_proj.\2" for x in "qkv"), stacked(3)
-        ),
-        Rule(_OURS + r"attn\.proj\.(.*)", (_MODEL + r"attention.o_proj.\2",)),
-        Rule(_OURS + r"(mlp\.fc[12]\..*)", (_MODEL + r"\2",)),
-    )
-)
+VIT_RULES = _vit("vit.", vit_file_blocks(r"blocks\.", "vit.encoder.layer."))
+VIT_MODEL_RULES = _vit("vit.", vit_model_blocks(r"blocks\.", "vit.layers."))
+VIT_HEADLESS_RULES = _vit("", vit_file_blocks(r"blocks\.", "encoder.layer."))
 
 
 def _resnet_stages() -> tuple[Rule, ...]:

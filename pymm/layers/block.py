@@ -48,8 +48,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= drop_path < 1:
-            fail("Block", "drop_path", "in [0, 1)", drop_path)
+        _check_rate("Block", drop_path)
         self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
         self.drop_path = drop_path
         width = norm1.normalized_shape[0]
@@ -87,6 +86,11 @@ class Block(nn.Module):
         return x + branch
 
 
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        fail(name, "drop_path", "in [0, 1)", rate)
+
+
 class Blocks(nn.ModuleList):
     """Transformer blocks in order, with a switch for gradient checkpointing.
 
@@ -94,6 +98,17 @@ class Blocks(nn.ModuleList):
     """
 
     grad_checkpointing: bool = False
+
+    def set_drop_path(self, rate: float) -> None:
+        """Let the blocks' `drop_path` rise evenly from 0 in the first to `rate` in the last.
+
+        Raises:
+            ValueError: when `rate` lies outside [0, 1).
+        """
+        _check_rate("Blocks", rate)
+        for i, block in enumerate(self):
+            assert isinstance(block, Block)
+            block.drop_path = rate * i / max(len(self) - 1, 1)
 
     def forward(
         self,
@@ -134,14 +149,15 @@ def transformer_blocks(
     drop_path: float = 0.0,
 ) -> Blocks:
     """`depth` pre-norm blocks; `drop_path` rises evenly from 0 in the first to its value in the last."""
-    return Blocks(
+    blocks = Blocks(
         Block(
             Attention(width, heads),
             MLP(width, mlp_width, activation),
             nn.LayerNorm(width, eps),
             nn.LayerNorm(width, eps),
             layer_scale=layer_scale,
-            drop_path=drop_path * i / max(depth - 1, 1),
         )
-        for i in range(depth)
+        for _ in range(depth)
     )
+    blocks.set_drop_path(drop_path)
+    return blocks

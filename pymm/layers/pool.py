@@ -19,14 +19,20 @@ class ClassToken(nn.Module):
 
 
 class MeanToken(nn.Module):
-    """The mean of the tokens behind the first `prefix`: `(B, P + N, C)` -> `(B, C)`."""
+    """The mean of the tokens behind the first `prefix`: `(B, P + N, C)` -> `(B, C)`.
 
-    def __init__(self, prefix: int = 0) -> None:
+    Args:
+        prefix: P, class and register tokens that are left out.
+        norm: of the mean; nothing when None.
+    """
+
+    def __init__(self, prefix: int = 0, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.prefix = prefix
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, self.prefix :].mean(1)
+        return self.norm(x[:, self.prefix :].mean(1))
 
 
 class MeanMap(nn.Module):

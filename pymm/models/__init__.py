@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from pymm.models import clip, clip_rows, convnet, lenet, resnet, vit
+from pymm.models import clip, clip_rows, convnet, lenet, resnet, vit, vit_rows
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
 from pymm.models.lenet import LeNetSpec
@@ -24,7 +24,7 @@ from pymm.ops._checks import fail
 Spec = CLIPSpec | ConvNetSpec | LeNetSpec | ResNetSpec | ViTSpec
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
-    vit.ROWS,
+    vit_rows.ROWS,
     resnet.ROWS,
     convnet.ROWS,
     lenet.ROWS,

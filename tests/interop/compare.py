@@ -58,11 +58,13 @@ def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[
         generator = torch.Generator().manual_seed(1)
         torch.stack([(v * torch.randn(v.shape, generator=generator)).sum() for v in values]).sum().backward()
 
-    gradients = {name: p.grad for name, p in donor.named_parameters()}
+    gradients = {name: p.grad for name, p in donor.named_parameters() if p.requires_grad}
     assert all(g is not None for g in gradients.values())
     # A bias before a batch norm in training has a gradient of rounding alone, which no two programs share.
     floor = 1e-9 * max(g.abs().max().item() for g in gradients.values() if g is not None)
     for name, parameter in ours.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, name
         placed = (
             (r, names)

@@ -1,0 +1,73 @@
+"""The names of vision transformers in timm and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pymm.interop.rules import BATCH_OF_ONE, Form, KeyMap, Rule
+from pymm.layers import MeanToken
+from pymm.models.vit import VisionTransformer
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten(0, -2) for t in tensors])
+
+
+def _class_and_registers(t: Tensor) -> Sequence[Tensor] | None:
+    return [t[None, :1], t[None, 1:]] if t.shape[0] > 1 else None
+
+
+_TIMM = (
+    Rule(r"embed\.(weight|bias)", (r"patch_embed.proj.\1",)),
+    Rule(r"embed\.position", ("pos_embed",), BATCH_OF_ONE),
+    Rule(r"blocks\.(\d+)\.scale([12])", (r"blocks.\1.ls\2.gamma",)),
+    Rule(r"pool\.norm\.(.*)", (r"fc_norm.\1",)),
+    Rule(r"((?:norm_pre|blocks|norm|head)\..*)", (r"\1",)),
+)
+_TIMM_CLASS = (
+    Rule(r"embed\.prefix", ("cls_token", "reg_token"), Form(_joined, _class_and_registers)),
+    Rule(r"embed\.prefix", ("cls_token",), BATCH_OF_ONE),
+)
+_TIMM_REGISTERS = (Rule(r"embed\.prefix", ("reg_token",), BATCH_OF_ONE),)
+
+_LAYER = r"encoder.layers.encoder_layer_\1."
+_TORCHVISION = (
+    Rule(r"embed\.(weight|bias)", (r"conv_proj.\1",)),
+    Rule(r"embed\.prefix", ("class_token",), BATCH_OF_ONE),
+    Rule(r"embed\.position", ("encoder.pos_embedding",), BATCH_OF_ONE),
+    Rule(r"blocks\.(\d+)\.norm([12])\.(.*)", (_LAYER + r"ln_\2.\3",)),
+    Rule(r"blocks\.(\d+)\.attn\.qkv\.(.*)", (_LAYER + r"self_attention.in_proj_\2",)),
+    Rule(r"blocks\.(\d+)\.attn\.proj\.(.*)", (_LAYER + r"self_attention.out_proj.\2",)),
+    Rule(r"blocks\.(\d+)\.mlp\.fc1\.(.*)", (_LAYER + r"mlp.0.\2",)),
+    Rule(r"blocks\.(\d+)\.mlp\.fc2\.(.*)", (_LAYER + r"mlp.3.\2",)),
+    # The published files are older than these numbers.
+    Rule(r"blocks\.(\d+)\.mlp\.fc([12])\.(.*)", (_LAYER + r"mlp.linear_\2.\3",)),
+    Rule(r"norm\.(.*)", (r"encoder.ln.\1",)),
+    Rule(r"head\.(.*)", (r"heads.head.\1",)),
+)
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    """timm has rows of registers and the mean, but none of registers, a class token and the mean."""
+    assert isinstance(model, VisionTransformer)
+    return not isinstance(model.pool, MeanToken) or model.num_prefix_tokens == 1
+
+
+def _has_registers_alone(model: nn.Module) -> bool:
+    return not _has_class_token(model)
+
+
+MAPS = (
+    KeyMap(("timm",), VisionTransformer, (*_TIMM, *_TIMM_CLASS), fits=_has_class_token),
+    KeyMap(
+        ("timm",),
+        VisionTransformer,
+        (*_TIMM, *_TIMM_REGISTERS),
+        variant="registers alone",
+        fits=_has_registers_alone,
+    ),
+    KeyMap(("torchvision",), VisionTransformer, _TORCHVISION),
+)
