@@ -52,6 +52,11 @@ class ConvNet(MappedNetwork):
         """Parameters of two dimensions that an optimizer should not decay: none."""
         return set()
 
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Modules and parameters by stage, from the pixels to the head; see `pymm.models.stages`."""
+        stages = [(f"stages.{i}",) for i in range(len(self.stages))]
+        return [*stages, ("mlp",), ("head",)]
+
     def forward_features(self, pixels: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
         """Pixels to the last feature map; `.flatten(2).mT` makes it tokens `(B, N, C)`.
 

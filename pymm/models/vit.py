@@ -41,6 +41,11 @@ class VisionTransformer(TokenNetwork):
         """Parameters of two dimensions that an optimizer should not decay."""
         return {"embed.prefix", "embed.position"}
 
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Modules and parameters by stage, from the pixels to the head; see `pymm.models.stages`."""
+        blocks = [(f"blocks.{i}",) for i in range(len(self.blocks))]
+        return [("embed", "norm_pre"), *blocks, ("norm", "pool", "head")]
+
     def forward_features(
         self,
         pixels: Tensor,
