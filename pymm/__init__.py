@@ -6,12 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymm.interop.checkpoint import load
     from pymm.models import create_model, list_models
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import pymm` is light.
-_LAZY = {"create_model": "pymm.models", "list_models": "pymm.models"}
+_LAZY = {
+    "create_model": "pymm.models",
+    "list_models": "pymm.models",
+    "load": "pymm.interop.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +29,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "load"]

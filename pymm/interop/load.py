@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pymm.interop.key_maps import KEY_MAPS, OPENAI_FACTS, own
-from pymm.interop.rules import KeyMap
+from pymm.interop.rules import KeyMap, Rule
 from pymm.layers import AttentionPool2d, Linear, PatchEmbed, resample_position
 from pymm.models.clip import CLIP
 from pymm.ops._checks import fail, shape
 
+_HOLDERS = ("state_dict", "model", "module")
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -43,6 +44,11 @@ class LoadReport:
         """Whether everything in the state dict found its place and nothing of the model was left out."""
         return not (self.missing or self.unused or self.mismatched)
 
+    def faults(self) -> str:
+        """What keeps it from being complete, in one line: numbers, and the first name of each kind."""
+        kinds = [(word, getattr(self, word)) for word in ("missing", "unused", "mismatched")]
+        return "; ".join(f"{len(names)} {word} ({names[0]})" for word, names in kinds if names)
+
     def __str__(self) -> str:
         lines = [f"{len(self.placed)} tensors placed from {self.donor}"]
         for name in ("missing", "unused", "mismatched", "resampled"):
@@ -58,8 +64,8 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
 
     Args:
         model: CLIP, `VisionTransformer`, `ResNet` or `ConvNet` of `pymm.models`.
-        state: names to tensors; also a checkpoint that holds them under `"state_dict"`, and names behind
-            `"module."`, as `DistributedDataParallel` saves them.
+        state: names to tensors; also a checkpoint that holds them under `"state_dict"`, `"model"` or
+            `"module"`, and names behind `"module."`, as `DistributedDataParallel` saves them.
 
     Returns:
         The report.
@@ -68,21 +74,18 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
         ValueError: when no donor's names fit the model, or weights that OpenAI published meet a model whose
             activation is not quick GELU.
     """
-    tensors = _unwrapped(state)
+    tensors = unwrapped(state)
     if tensors.keys() >= set(OPENAI_FACTS):
         _check_openai(model)
-    targets = model.state_dict(keep_vars=True)
-    maps = [own(type(model)), *(m for m in KEY_MAPS if isinstance(model, m.model))]
-    found, donor = max(((_sources(m, targets, tensors), m) for m in maps), key=lambda pair: len(pair[0]))
-    if not found:
+    found = match(model, tensors)
+    if not found.values:
         fail("load_state", "state", f"a state dict for {type(model).__name__}", f"the names {_some(tensors)}")
 
     placed: dict[str, Tensor] = {}
-    mismatched, resampled, used = [], [], set[str]()
-    for name, (theirs, value) in found.items():
-        used.update(theirs)
-        wanted = targets[name].shape
-        if value.shape != wanted:
+    mismatched, resampled = [], []
+    targets = model.state_dict(keep_vars=True)
+    for name, value in found.values.items():
+        if value.shape != targets[name].shape:
             fitted = _resampled(model, name, value)
             if fitted is None:
                 mismatched.append(f"{name}: expected {shape(targets[name])}, got {shape(value)}")
@@ -93,18 +96,45 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
     meta = any(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(placed, strict=False, assign=meta)
     return LoadReport(
-        donor.donor,
-        tuple(placed),
-        tuple(name for name in targets if name not in found),
-        tuple(name for name in tensors if name not in used and not donor.ignores(name)),
-        tuple(mismatched),
-        tuple(resampled),
+        found.key_map.donor, tuple(placed), found.missing, found.unused, tuple(mismatched), tuple(resampled)
     )
 
 
-def _unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    inner = state.get("state_dict")
-    tensors = dict(inner if isinstance(inner, Mapping) else state)
+@dataclass(frozen=True)
+class Match:
+    """What a state dict has for a model.
+
+    Args:
+        key_map: the names that it has.
+        values: our names, with the tensors made of the donor's, whose shapes may be other ones.
+        missing: our names that it says nothing about.
+        unused: its names without a place.
+    """
+
+    key_map: KeyMap
+    values: dict[str, Tensor]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def match(model: nn.Module, tensors: Mapping[str, Tensor]) -> Match:
+    """The key map that finds most of the model's tensors, and what it finds."""
+    targets = model.state_dict(keep_vars=True)
+    maps = [own(type(model)), *(m for m in KEY_MAPS if isinstance(model, m.model))]
+    key_map, names = max(((m, _names(m, targets, tensors)) for m in maps), key=lambda pair: len(pair[1]))
+    used = {key for _, theirs in names.values() for key in theirs}
+    return Match(
+        key_map,
+        {name: rule.join([tensors[key] for key in theirs]) for name, (rule, theirs) in names.items()},
+        tuple(name for name in targets if name not in names),
+        tuple(name for name in tensors if name not in used and not key_map.ignores(name)),
+    )
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names, without what trainers put around them."""
+    inner = next((state[name] for name in _HOLDERS if isinstance(state.get(name), Mapping)), state)
+    tensors = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     for wrapper in _WRAPPERS:
         if tensors and all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
@@ -118,16 +148,16 @@ def _check_openai(model: nn.Module) -> None:
         fail("load_state", "model", "a _quickgelu row for OpenAI's weights", f"the activation {got}")
 
 
-def _sources(
+def _names(
     key_map: KeyMap, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-    """Our names that the map finds, each with the donor's names and the tensor made of them."""
-    found: dict[str, tuple[tuple[str, ...], Tensor]] = {}
+) -> dict[str, tuple[Rule, tuple[str, ...]]]:
+    """Our names that the map finds, each with its rule and the donor's names."""
+    found: dict[str, tuple[Rule, tuple[str, ...]]] = {}
     for name in targets:
         for rule in key_map.rules:
             theirs = rule.names(name)
             if theirs is not None and all(key in tensors for key in theirs):
-                found[name] = (theirs, rule.join([tensors[key] for key in theirs]))
+                found[name] = rule, theirs
                 break
     return found
 

@@ -1,0 +1,123 @@
+"""Which row of our tables a checkpoint fills, from its names and shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pymm.interop.key_maps import OPENAI_FACTS
+from pymm.interop.load import Match, match
+from pymm.layers import AttentionPool2d, PatchEmbed
+from pymm.models import CLIP, create_model, describe, list_models
+from pymm.ops._checks import fail
+
+# Rows are looked at whose parameters are as many as the checkpoint's within this factor; another head and
+# another resolution make less of a difference.
+_SPREAD = 1.5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row, and where the checkpoint has other sizes."""
+
+    arch: str
+    num_classes: int | None = None
+    image_size: int | None = None
+
+    def build(self) -> nn.Module:
+        return create_model(self.arch, num_classes=self.num_classes, image_size=self.image_size)
+
+
+def identify(tensors: Mapping[str, Tensor], config: Mapping[str, Any], arch: str | None = None) -> Found:
+    """The row that the tensors fill, with the checkpoint's number of classes and resolution.
+
+    Args:
+        tensors: the checkpoint.
+        config: the donor's configuration, which knows what shapes do not show.
+        arch: the row, where it is known.
+
+    Raises:
+        ValueError: when there is no such row, none fits, or several do.
+    """
+    shapes = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
+    if arch is None:
+        arch = str(config.get("architecture", "")).partition(".")[0]  # timm's, in front of a tag
+        arch = arch if arch in list_models() else _row(shapes, config)
+    with torch.device("meta"):
+        model = create_model(arch)
+    return _sized(arch, model, match(model, shapes))
+
+
+def _row(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    total = sum(t.numel() for t in shapes.values())
+    rows = [describe(name) for name in list_models()]
+    faults: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        if total / _SPREAD <= row.parameters <= total * _SPREAD:
+            with torch.device("meta"):
+                model = create_model(row.name)
+            found = match(model, shapes)
+            other = _other_shapes(model, found)
+            if all(map(_may_differ, other)) and all(name.startswith(_OPTIONAL) for name in found.missing):
+                faults[row.name] = (len(found.missing) + len(found.unused), len(other))
+    best = [name for name, fault in faults.items() if fault == min(faults.values())]
+    activation = _activation(shapes, config)
+    if len(best) > 1 and activation is not None:
+        best = [name for name in best if getattr(describe(name), "activation", None) == activation]
+    if len(best) != 1:
+        expected = f"one of {', '.join(best)}, which fit alike" if best else "given, for no row fits"
+        fail("load", "arch", expected, f"the names {', '.join(list(shapes)[:3])}, ...")
+    return best[0]
+
+
+_OPTIONAL = ("head.", "logit_")
+
+
+def _may_differ(name: str) -> bool:
+    """Whether a tensor of another shape is another number of classes, or another resolution."""
+    return name.startswith("head.") or name.endswith("position")
+
+
+def _other_shapes(model: nn.Module, found: Match) -> list[str]:
+    targets = model.state_dict()
+    return [name for name, value in found.values.items() if value.shape != targets[name].shape]
+
+
+def _activation(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
+    """CLIP's, which no shape shows: OpenAI's weights have one, and the donors' configurations name it."""
+    if shapes.keys() >= set(OPENAI_FACTS):
+        return "quick_gelu"
+    if "model_cfg" in config:
+        return "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
+    return config.get("vision_config", {}).get("hidden_act") or config.get("hidden_act")
+
+
+def _sized(arch: str, model: nn.Module, found: Match) -> Found:
+    classes = side = None
+    targets = model.state_dict()
+    for name in _other_shapes(model, found):
+        value = found.values[name]
+        if name == "head.weight" and value.ndim == 2 and value.shape[1] == targets[name].shape[1]:
+            classes = value.shape[0]
+        elif name.endswith("position") and value.ndim == 2:
+            side = _side(model, name, value.shape[0]) or side
+    if found.values and "head.weight" in found.missing:
+        classes = 0
+    return Found(arch, None if isinstance(model, CLIP) else classes, side)
+
+
+def _side(model: nn.Module, name: str, rows: int) -> int | None:
+    """Side of the images that so many positions belong to."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, PatchEmbed):
+        n, pixels = rows - owner.position_prefix, owner.patch_size
+    elif isinstance(owner, AttentionPool2d):
+        n, pixels = rows - 1, 32
+    else:
+        return None
+    return math.isqrt(n) * pixels if n > 0 and math.isqrt(n) ** 2 == n else None
