@@ -1,4 +1,4 @@
-"""Byte-level BPE in CLIP's layout, trained on captions or read from CLIP's public vocabulary."""
+"""Byte-level BPE in CLIP's layout, trained or read from CLIP's public vocabulary, and BERT's WordPiece."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from pymm.data._errors import fail
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+BERT_START, BERT_END, BERT_PAD, BERT_UNKNOWN = "[CLS]", "[SEP]", "[PAD]", "[UNK]"
 FILE = "tokenizer.json"
 CLIP_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 CLIP_MERGES = 49152 - 256 - 2
@@ -48,22 +49,26 @@ def clean(text: str) -> str:
 class Tokenizer:
     """Texts to rows of token ids: start token, text, end token, zeros.
 
-    The end token has the highest id, so `tokens.argmax(-1)` finds it (Radford et al. 2021, arXiv:2103.00020,
-    section 2.4). A text that is too long loses its tail and keeps the end token. Special tokens written
-    inside a text are text.
+    In CLIP's layout the end token has the highest id, so `tokens.argmax(-1)` finds it (Radford et al. 2021,
+    arXiv:2103.00020, section 2.4); in BERT's, start and end are [CLS] and [SEP], and zero is [PAD]. A text
+    that is too long loses its tail and keeps the end token. Special tokens written inside a text are text.
 
     Args:
-        bpe: a `tokenizers.Tokenizer` that knows both special tokens; `train`, `from_clip` and `load` make
-            one.
+        bpe: a `tokenizers.Tokenizer` that knows both special tokens; `train`, `from_clip`, `from_bert` and
+            `load` make one.
         context_length: tokens per row unless the call says otherwise, at least 3.
     """
 
     def __init__(self, bpe: Bpe, context_length: int = 77) -> None:
         start, end = bpe.token_to_id(START), bpe.token_to_id(END)
-        if start is None or end is None or end != bpe.get_vocab_size() - 1:
-            fail(
-                "Tokenizer", "bpe", f"a vocabulary with {START} whose last token is {END}", f"{start}, {end}"
-            )
+        self.end_is_last = end is not None and end == bpe.get_vocab_size() - 1
+        if start is None and end is None and bpe.token_to_id(BERT_PAD) == 0:
+            start, end = bpe.token_to_id(BERT_START), bpe.token_to_id(BERT_END)
+        elif not self.end_is_last:
+            end = None
+        if start is None or end is None:
+            expected = f"{START} whose last token is {END}, or with {BERT_PAD}, {BERT_START} and {BERT_END}"
+            fail("Tokenizer", "bpe", f"a vocabulary with {expected}", f"{start}, {end}")
         self.bpe, self.start, self.end = bpe, start, end
         self.context_length = _check_length(context_length)
         bpe.no_truncation()
@@ -79,7 +84,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without start and end token."""
-        return list(self.bpe.encode(clean(text), add_special_tokens=False).ids)
+        cleaned = clean(text) if self.end_is_last else text  # BERT's file holds BERT's own cleaning
+        return list(self.bpe.encode(cleaned, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The cleaned text that the ids stand for, without special tokens and padding.
@@ -211,6 +217,32 @@ class Tokenizer:
         )
         bpe.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
         return cls(_finish(bpe), context_length)
+
+    @classmethod
+    def from_bert(cls, path: str | Path, context_length: int = 512, lowercase: bool = True) -> Tokenizer:
+        """BERT's WordPiece (Devlin et al. 2019, arXiv:1810.04805, sec. 3) from its `vocab.txt`, one token a
+        line.
+
+        Args:
+            path: the file.
+            context_length: see the class.
+            lowercase: as the `uncased` models need it; accents go too.
+
+        Raises:
+            ValueError: when the special tokens are not in it.
+        """
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        vocab = {token: i for i, token in enumerate(lines)}
+        if BERT_UNKNOWN not in vocab:
+            fail("Tokenizer.from_bert", "path", f"a vocabulary with {BERT_UNKNOWN}", repr(str(path)))
+        wordpiece = Bpe(models.WordPiece(vocab=vocab, unk_token=BERT_UNKNOWN, max_input_chars_per_word=100))
+        wordpiece.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        wordpiece.decoder = decoders.WordPiece()
+        wordpiece.add_special_tokens(
+            [t for t in (BERT_PAD, BERT_UNKNOWN, BERT_START, BERT_END, "[MASK]") if t in vocab]
+        )
+        return cls(wordpiece, context_length)
 
 
 def _restore(text: str, context_length: int) -> Tokenizer:

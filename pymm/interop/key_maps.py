@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pymm.interop import transformers_maps, vit_maps
+from pymm.interop import bert_maps, transformers_maps, vit_maps
 from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
 from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
@@ -160,6 +160,7 @@ KEY_MAPS = (
     KeyMap(("torchvision",), ConvNet, _ALEXNET, variant="AlexNet", fits=_is_alexnet),
     KeyMap(("torchvision",), ConvNet, _VGG, variant="VGG", fits=_is_vgg),
     KeyMap(("timm",), ConvNet, _TIMM_VGG, fits=_is_vgg),
+    *bert_maps.MAPS,
 )
 
 __all__ = ["KEY_MAPS", "OPENAI_FACTS", "own"]

@@ -186,3 +186,26 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="bpe must be a vocabulary with"):
         Tokenizer(Bpe.from_str(Tokenizer.train(["a"], 300).bpe.to_str().replace("endoftext", "other")))
+
+
+def test_a_vocabulary_of_bert(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "##s", "cafe", ","]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(words))
+    tokenizer = Tokenizer.from_bert(path, 8)
+    assert tokenizer(["A dogs, Café zzz", "dog"]).tolist() == [
+        [2, 4, 5, 6, 8, 7, 1, 3],
+        [2, 5, 3, 0, 0, 0, 0, 0],
+    ]
+    assert not tokenizer.end_is_last
+    assert tokenizer.decode([2, 4, 5, 6, 3, 0]) == "a dogs"
+    again = Tokenizer.load(tokenizer.save(tmp_path))
+    assert again.context_length == 8
+    assert again.encode("dogs, [SEP]") == tokenizer.encode("dogs, [SEP]")
+    assert 3 not in again.encode("dogs, [SEP]")
+    path.write_text("\n".join(["[PAD]", "[CLS]", "[SEP]", "a"]))
+    with pytest.raises(ValueError, match="a vocabulary with"):
+        Tokenizer.from_bert(path)
+    path.write_text("\n".join(["a", "[UNK]", "[PAD]", "[CLS]", "[SEP]"]))
+    with pytest.raises(ValueError, match="a vocabulary with"):
+        Tokenizer.from_bert(path)
