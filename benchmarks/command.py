@@ -20,6 +20,7 @@ from pymm.benchmarks.cases import Case, Selection, cases
 from pymm.benchmarks.compare import print_moves
 from pymm.benchmarks.measure import Options, measure
 from pymm.benchmarks.report import console, line, print_result
+from pymm.benchmarks.targets import print_targets
 from pymm.ops._machine import machine
 
 INTERRUPTED = 130
@@ -59,12 +60,14 @@ class BenchSettings:
     """A directory for pictures of the results."""
     show: tuple[str, ...] = ()
     """Files of results to print, and to draw with `--plots`, instead of measuring."""
+    targets: tuple[str, ...] = ()
+    """Files of results: print what pymm sets out to reach beside what they measured, instead of measuring."""
     compare: tuple[str, str] | None = None
     """Two such files, before and after: print what moved instead of measuring."""
 
 
 def run(settings: BenchSettings) -> int:
-    """0; 1 when a result was wrong or a workload failed; 130 when interrupted.
+    """0; 1 when a result was wrong, a workload failed or a target was missed; 130 when interrupted.
 
     Raises:
         ValueError: for an unknown name, a filter that nothing passes, or files that hold no results.
@@ -74,6 +77,10 @@ def run(settings: BenchSettings) -> int:
         before, after = (schema.load(Path(p)) for p in settings.compare)
         print_moves(to, before, after)
         return 0
+    if settings.targets:
+        results = [schema.load(Path(p)) for p in settings.targets]
+        missed = [result for result in results if not print_targets(to, result)]
+        return int(bool(missed))
     if settings.show:
         results = [schema.load(Path(p)) for p in settings.show]
         for result in results:
