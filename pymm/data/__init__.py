@@ -2,6 +2,7 @@
 
 from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
 from pymm.data.loader import Batch, ImageTextLoader
+from pymm.data.masking import block_mask, random_mask
 from pymm.data.report import Report
 from pymm.data.samples import Limits
 from pymm.data.scenes import Scene, SceneObject, Scenes, SceneSettings
@@ -28,9 +29,11 @@ __all__ = [
     "Tokenizer",
     "TrainTransform",
     "Transform",
+    "block_mask",
     "collate",
     "emoji_concepts",
     "emoji_shards",
     "list_shards",
+    "random_mask",
     "unseen_concepts",
 ]

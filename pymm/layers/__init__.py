@@ -5,9 +5,9 @@ from pymm.layers.block import Block, Blocks, transformer_blocks
 from pymm.layers.linear import Linear
 from pymm.layers.mlp import MLP
 from pymm.layers.patch_embed import PatchEmbed
-from pymm.layers.pixels import Normalize
+from pymm.layers.pixels import Normalize, from_patches, to_patches
 from pymm.layers.pool import AttentionPool2d, ClassToken, MeanMap, MeanToken
-from pymm.layers.position import resample_position
+from pymm.layers.position import resample_position, sincos_position
 from pymm.layers.residual import (
     BasicBlock,
     Bottleneck,
@@ -37,6 +37,9 @@ __all__ = [
     "basic_block",
     "bottleneck",
     "checkpointed",
+    "from_patches",
     "resample_position",
+    "sincos_position",
+    "to_patches",
     "transformer_blocks",
 ]

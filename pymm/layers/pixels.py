@@ -1,4 +1,4 @@
-"""Pixels as a convolution takes them."""
+"""Pixels as a convolution takes them, and as patches."""
 
 from __future__ import annotations
 
@@ -38,3 +38,31 @@ class Normalize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}"
+
+
+def to_patches(pixels: Tensor, patch_size: int) -> Tensor:
+    """`(B, Cin, H, W)` -> `(B, N, p·p·Cin)`: patches row by row, in each the channels of a pixel together.
+
+    Raises:
+        ValueError: when `patch_size` does not divide H and W.
+    """
+    b, cin, h, w = pixels.shape
+    if h % patch_size or w % patch_size:
+        fail("to_patches", "pixels", f"(B, Cin, H, W) with H and W multiples of {patch_size}", shape(pixels))
+    gh, gw = h // patch_size, w // patch_size
+    cut = pixels.reshape(b, cin, gh, patch_size, gw, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return cut.reshape(b, gh * gw, patch_size * patch_size * cin)
+
+
+def from_patches(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """`(B, h·w, p·p·Cin)` -> `(B, Cin, h·p, w·p)`, the inverse of `to_patches`.
+
+    Raises:
+        ValueError: when `grid` or `patch_size` do not fit.
+    """
+    b, n, size = patches.shape
+    (gh, gw), area = grid, patch_size * patch_size
+    if n != gh * gw or size % area:
+        fail("from_patches", "patches", f"(B, {gh * gw}, a multiple of {area})", shape(patches))
+    apart = patches.reshape(b, gh, gw, patch_size, patch_size, size // area).permute(0, 5, 1, 3, 2, 4)
+    return apart.reshape(b, size // area, gh * patch_size, gw * patch_size)

@@ -9,28 +9,39 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
-from pymm.models import clip, clip_rows, convnet, lenet, resnet, vit, vit_rows
+from pymm.models import clip, clip_rows, convnet, lenet, mae, resnet, vit, vit_rows
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
 from pymm.models.lenet import LeNetSpec
+from pymm.models.mae import MAE, MAESpec
 from pymm.models.resnet import ResNet, ResNetSpec
 from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
 
-Spec = CLIPSpec | ConvNetSpec | LeNetSpec | ResNetSpec | ViTSpec
+Spec = CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | ResNetSpec | ViTSpec
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
     vit_rows.ROWS,
+    mae.ROWS,
     resnet.ROWS,
     convnet.ROWS,
     lenet.ROWS,
     clip_rows.ROWS,
 )
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
+_BUILD: dict[type, Any] = {
+    CLIPSpec: clip.build,
+    ConvNetSpec: convnet.build,
+    LeNetSpec: lenet.build,
+    MAESpec: mae.build,
+    ResNetSpec: resnet.build,
+    ViTSpec: vit.build,
+}
 _ALIASES: dict[str, str] = {alias: row.name for row in _ROWS.values() for alias in row.aliases}
 
 
@@ -61,7 +72,8 @@ def create_model(name: str, *, num_classes: int | None = None, image_size: int |
 
     Args:
         name: of `list_models()`, or open_clip's name for it.
-        num_classes: size of the classifier instead of the row's; 0 means no classifier. Not for CLIP.
+        num_classes: size of the classifier instead of the row's; 0 means no classifier. Not for CLIP
+            and MAE, which have none.
         image_size: side of the images instead of the row's.
 
     Returns:
@@ -76,31 +88,31 @@ def create_model(name: str, *, num_classes: int | None = None, image_size: int |
         fail("create_model", "image_size", "positive", image_size)
     if num_classes is not None and num_classes < 0:
         fail("create_model", "num_classes", "at least 0", num_classes)
-    if isinstance(row, CLIPSpec):
-        if num_classes is not None:
+    sizes: dict[str, Any] = {}
+    if num_classes is not None:
+        if not hasattr(row, "num_classes"):
             fail("create_model", "num_classes", f"None for {row.name}, which has no classifier", num_classes)
-        return clip.build(row if image_size is None else _resized(row, image_size))
-    classes = row.num_classes if num_classes is None else num_classes
-    side = row.image_size if image_size is None else image_size
-    if isinstance(row, ViTSpec):
-        return vit.build(replace(row, num_classes=classes, image_size=side))
-    if isinstance(row, ConvNetSpec):
-        return convnet.build(replace(row, num_classes=classes, image_size=side))
-    if isinstance(row, LeNetSpec):
-        return lenet.build(replace(row, num_classes=classes, image_size=side))
-    return resnet.build(replace(row, num_classes=classes, image_size=side))
+        sizes["num_classes"] = num_classes
+    if image_size is not None:
+        sizes |= _resized(row, image_size)
+    model: nn.Module = _BUILD[type(row)](replace(row, **sizes))
+    return model
 
 
-def _resized(row: CLIPSpec, image_size: int) -> CLIPSpec:
-    return replace(row, image=replace(row.image, image_size=image_size))
+def _resized(row: Spec, image_size: int) -> dict[str, Any]:
+    if isinstance(row, CLIPSpec):
+        return {"image": replace(row.image, image_size=image_size)}
+    return {"image_size": image_size}
 
 
 __all__ = [
     "CLIP",
+    "MAE",
     "CLIPSpec",
     "ConvNet",
     "ConvNetSpec",
     "LeNetSpec",
+    "MAESpec",
     "ResNet",
     "ResNetSpec",
     "Spec",
