@@ -55,7 +55,8 @@ def identify(tensors: Mapping[str, Tensor], config: Mapping[str, Any], arch: str
 
 def _row(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     total = sum(t.numel() for t in shapes.values())
-    rows = [describe(name) for name in list_models()]
+    # Of rows of the same sizes the first is taken, so DeiT comes behind ViT.
+    rows = sorted((describe(name) for name in list_models()), key=lambda row: row.name.startswith("deit"))
     faults: dict[str, tuple[int, int]] = {}
     for row in rows:
         if total / _SPREAD <= row.parameters <= total * _SPREAD:
@@ -68,11 +69,23 @@ def _row(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     best = [name for name, fault in faults.items() if fault == min(faults.values())]
     activation = _activation(shapes, config)
     if len(best) > 1 and activation is not None:
-        best = [name for name in best if getattr(describe(name), "activation", None) == activation]
+        best = [name for name in best if getattr(describe(name), "activation", activation) == activation]
+    if len({_sizes_of(name) for name in best}) == 1:
+        best = best[:1]
     if len(best) != 1:
         expected = f"one of {', '.join(best)}, which fit alike" if best else "given, for no row fits"
         fail("load", "arch", expected, f"the names {', '.join(list(shapes)[:3])}, ...")
     return best[0]
+
+
+# What no tensor shows, and what the checkpoint may have otherwise.
+_APART = {"name", "source", "aliases", "parameters", "mean", "std", "image_size", "num_classes"}
+
+
+def _sizes_of(name: str) -> tuple[Any, ...]:
+    """The rest of a row. DeiT's are those of ViT; a row for larger images is the other at its size."""
+    row = describe(name)
+    return (type(row), *(value for key, value in vars(row).items() if key not in _APART))
 
 
 _OPTIONAL = ("head.", "logit_")

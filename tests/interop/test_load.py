@@ -65,5 +65,7 @@ def test_own_names_are_no_donors() -> None:
     model = pymm.create_model("clip_rn_tiny")
     with pytest.raises(ValueError, match="to_donor: donor must be of such a model, got 'open_clip'"):
         to_donor(model, "open_clip")
-    with pytest.raises(ValueError, match="to_donor: donor must be one of timm, torchvision, transformers for"):
+    with pytest.raises(
+        ValueError, match="to_donor: donor must be one of timm, torchvision, transformers for"
+    ):
         to_donor(pymm.create_model("vit_tiny_patch16_224"), "keras")
