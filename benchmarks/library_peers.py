@@ -95,3 +95,25 @@ def metric_learning_miner(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Func
         return loss(x, labels, miner(x, labels) if miner is not None else None)
 
     return mined
+
+
+def _torchvision_ops() -> Any:
+    """torchvision's operators; beside a CPU build of torch, the wheel for CUDA has none."""
+    try:
+        module = importlib.import_module("torchvision.ops")
+        has_operators = importlib.import_module("torchvision.extension")._has_ops()
+    except RuntimeError as error:
+        raise Unsuitable(f"torchvision does not load: {error}") from error
+    if not has_operators:
+        raise Unsuitable("torchvision's operators do not load beside this torch")
+    return module
+
+
+def torchvision_roi_align(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+    function: Function = _torchvision_ops().roi_align
+    return function
+
+
+def torchvision_nms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+    function: Function = _torchvision_ops().nms
+    return function

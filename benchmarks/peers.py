@@ -22,6 +22,7 @@ PACKAGES = {
     "open_clip": "open_clip_torch",
     "pytorch_metric_learning": "pytorch-metric-learning",
     "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
 }
 
 PEERS: dict[str, Sequence[Peer]] = {
@@ -33,6 +34,8 @@ PEERS: dict[str, Sequence[Peer]] = {
         Peer("explicit softmax", torch_peers.explicit_attention, compiled=True),
     ),
     "attention_varlen": (Peer("padded SDPA", torch_peers.padded_attention),),
+    "nms": (Peer("torchvision", library_peers.torchvision_nms, "torchvision", backward=False),),
+    "roi_align": (Peer("torchvision", library_peers.torchvision_roi_align, "torchvision"),),
     "patch_embed": (
         Peer("reshape + linear", torch_peers.reshaped_patches(False), compiled=True),
         Peer("gather + linear", torch_peers.reshaped_patches(True), compiled=True),

@@ -9,7 +9,9 @@ from pymm.ops.cosine_topk import cosine_topk
 from pymm.ops.info_nce import info_nce
 from pymm.ops.linear import linear
 from pymm.ops.mined_triplet_loss import mined_triplet_loss
+from pymm.ops.nms import batched_nms, nms
 from pymm.ops.patch_embed import patch_embed
+from pymm.ops.roi_align import roi_align
 from pymm.ops.sigmoid_contrastive import sigmoid_contrastive
 from pymm.ops.triplet_loss import triplet_loss
 
@@ -20,13 +22,16 @@ __all__ = [
     "attention",
     "attention_varlen",
     "backend",
+    "batched_nms",
     "cosine_similarity",
     "cosine_topk",
     "explain",
     "info_nce",
     "linear",
     "mined_triplet_loss",
+    "nms",
     "patch_embed",
+    "roi_align",
     "sigmoid_contrastive",
     "triplet_loss",
 ]

@@ -167,6 +167,14 @@ def mined_triplet_loss(d: Draw) -> Sample:
     return Sample("fuzz", args, kwargs)
 
 
+def nms(d: Draw) -> Sample:
+    n = d.size()
+    corner, size = d.floats(n, 2, std=4.0), d.floats(n, 2, std=d.pick(1.0, 4.0)).abs()
+    boxes = d.laid_out(torch.cat([corner, corner + size], 1))
+    scores = d.floats(n)
+    return Sample("fuzz", (boxes, scores.round() if d.chance(0.3) else scores, d.pick(0.0, 0.3, 0.7, 1.0)))
+
+
 def patch_embed(d: Draw) -> Sample:
     b, cin, c = d.some(3), d.pick(1, 2, 3, 4), d.some()
     (ph, pw), (gh, gw) = (d.pick(1, 2, 4, 7, 8), d.pick(1, 3, 4, 8)), (d.some(5), d.some(5))
@@ -193,6 +201,21 @@ def patch_embed(d: Draw) -> Sample:
     return Sample("fuzz", (pixels, d.floats(c, cin, ph, pw, std=(cin * ph * pw) ** -0.5), bias), kwargs)
 
 
+def roi_align(d: Draw) -> Sample:
+    n, k, scale = d.some(3), d.size(31), d.pick(1.0, 0.5, 0.25)
+    height, width = d.some(), d.some()
+    corners = torch.rand(k, 4, generator=d.generator, dtype=torch.float64) * 1.4 - 0.2
+    corners = corners * torch.tensor([width, height, width, height]) / scale
+    low, high = corners[:, :2].minimum(corners[:, 2:]), corners[:, :2].maximum(corners[:, 2:])
+    rows = torch.cat([d.integers(0, n, k, 1), low, high], 1)
+    features = d.floats(n, d.size(9), height, width)
+    if d.chance(0.3):
+        features = features.contiguous(memory_format=torch.channels_last)
+    bins = (d.pick(1, 2, 7, 8, 14, 17), d.pick(1, 2, 7, 9, 14, 33))
+    args = (features, rows.to(d.dtype), bins, scale, d.pick(-1, -1, 1, 2, 3), d.chance(0.5))
+    return Sample("fuzz", args)
+
+
 def sigmoid_contrastive(d: Draw) -> Sample:
     n, width = d.some(), d.width()
     scale, bias = torch.tensor(d.pick(1.0, 10.0)), torch.tensor(d.pick(0.0, -10.0))
@@ -216,7 +239,9 @@ FUZZED: dict[str, tuple[Callable[[Draw], Sample], tuple[torch.dtype, ...]]] = {
     "info_nce": (info_nce, EVERY),
     "linear": (linear, EVERY),
     "mined_triplet_loss": (mined_triplet_loss, EXACT),
+    "nms": (nms, EXACT),
     "patch_embed": (patch_embed, EVERY),
+    "roi_align": (roi_align, EVERY),
     "sigmoid_contrastive": (sigmoid_contrastive, EVERY),
     "triplet_loss": (triplet_loss, EXACT),
 }

@@ -1,0 +1,291 @@
+// Region pooling by bilinear samples: out_k = Y_k F_n X_k^T for each box k of image n and each channel.
+//
+// Parallel over blocks of planes, which are an image's channels. On chip: a block of planes stays in L2 while the
+// image's boxes pass; a box's weights, made once, serve the planes of the block. Bytes: each plane is read once and
+// each bin written once, and backward the other way round. Backward adds the boxes to a plane in their order, in the
+// thread that owns it, so there are no atomics and the result does not depend on the threads. Ragged edges: spans of
+// columns are whole registers wherever the plane is as wide as one.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/host.h"
+#include "cpu/simd/roi_align.h"
+#include "cpu/simd/rows.h"
+
+namespace pymm {
+namespace {
+
+constexpr const char* kOp = "roi_align";
+constexpr int64_t kBlockBytes = 384 << 10;  // of planes
+constexpr int64_t kMostPlanes = 16;
+constexpr int64_t kRegister = 64;  // bytes, of the widest instruction set
+constexpr int64_t kTasksPerThread = 4;
+
+struct Options {
+  int64_t bins_h, bins_w;
+  double scale;
+  int64_t sampling;
+  bool aligned;
+};
+
+template <class Acc>
+struct Tap {
+  int64_t bin;
+  int32_t at;
+  Acc weight;
+};
+
+// The taps of the bins of one axis: sample i of bin b is at start + b size + (i + 1/2) size / grid, and counts 1 /
+// grid. The order of the operations is torchvision's, so that samples fall on the same side of every border.
+template <class Acc>
+void add_taps(Acc start, Acc extent, int64_t bins, int64_t sampling, int64_t length, std::vector<Tap<Acc>>& taps) {
+  taps.clear();
+  const Acc size = extent / static_cast<Acc>(bins);
+  const Acc samples = sampling > 0 ? static_cast<Acc>(sampling) : std::ceil(size);
+  if (!(samples > 0) || !std::isfinite(samples) || !std::isfinite(start)) return;
+  const double step = static_cast<double>(size) / static_cast<double>(samples), last = static_cast<double>(samples);
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    const Acc origin = start + static_cast<Acc>(bin) * size;
+    double from = 0, to = last;
+    if (sampling <= 0) {  // of a box far larger than the plane, only the samples that may be inside
+      from = std::max(0.0, std::floor((-1 - static_cast<double>(origin)) / step) - 2);
+      to = std::min(last, std::ceil((static_cast<double>(length) - static_cast<double>(origin)) / step) + 2);
+    }
+    const size_t first = taps.size();
+    const auto add = [&](int64_t at, Acc weight) {
+      const size_t begin = std::max(first, taps.size() < 2 ? 0 : taps.size() - 2);
+      for (size_t t = begin; t < taps.size(); ++t) {
+        if (taps[t].at == at) {
+          taps[t].weight += weight;
+          return;
+        }
+      }
+      taps.push_back({bin, static_cast<int32_t>(at), weight});
+    };
+    for (double i = from; i < to; ++i) {
+      Acc x = origin + (static_cast<Acc>(i) + Acc{0.5}) * size / samples;
+      if (!(x >= -1 && x <= static_cast<Acc>(length))) continue;
+      x = std::max(x, Acc{0});
+      int64_t low = static_cast<int64_t>(x);
+      const Acc part = low >= length - 1 ? 0 : x - static_cast<Acc>(low);
+      low = std::min(low, length - 1);
+      add(low, (1 - part) / samples);
+      if (part > 0) add(low + 1, part / samples);
+    }
+  }
+}
+
+// The boxes of a call, in the order of their images.
+template <class Acc>
+class Boxes {
+ public:
+  Boxes(const Tensor& boxes, const Options& o, int64_t images, int64_t height, int64_t width, bool backward)
+      : start_(static_cast<size_t>(images) + 1), height_(height), width_(width) {
+    const int64_t count = boxes.size(0);
+    std::vector<Acc> values(static_cast<size_t>(count * 5));
+    const DType dtype = pymm::dtype_of(boxes, kOp);
+    if (dtype == pymm::dtype_of<Acc>()) {
+      std::copy_n(data<Acc>(boxes), count * 5, values.data());
+    } else {
+      rows_for(dtype).widen(data<char>(boxes), 1, count * 5, values.data());
+    }
+    std::vector<int64_t> image(static_cast<size_t>(count));
+    for (int64_t k = 0; k < count; ++k) {
+      const Acc of = values[static_cast<size_t>(k * 5)];
+      PYMM_CHECK(of > -1 && of < static_cast<Acc>(images), kOp, ": a box names an image that is not there");
+      image[static_cast<size_t>(k)] = static_cast<int64_t>(of);
+      ++start_[static_cast<size_t>(of) + 1];
+    }
+    for (size_t n = 1; n < start_.size(); ++n) start_[n] += start_[n - 1];
+    index_.resize(static_cast<size_t>(count));
+    std::vector<int64_t> next(start_.begin(), start_.end() - 1);
+    for (int64_t k = 0; k < count; ++k) {
+      index_[static_cast<size_t>(next[static_cast<size_t>(image[static_cast<size_t>(k)])]++)] = k;
+    }
+    for (const int64_t k : index_) add(values.data() + k * 5, o, backward);
+    weights_.resize(weights_.size() + kRegister / sizeof(Acc));
+    for (size_t i = 0; i < boxes_.size(); ++i) {
+      boxes_[i].first_tap = ints_.data() + places_[i].first_tap;
+      boxes_[i].tap_row = ints_.data() + places_[i].tap_row;
+      boxes_[i].tap_weight = weights_.data() + places_[i].tap_weight;
+      boxes_[i].column = ints_.data() + places_[i].column;
+      boxes_[i].by_column = boxes_[i].by_bin = weights_.data() + places_[i].matrix;
+    }
+  }
+
+  int64_t most_rows() const { return most_rows_; }  // accumulators that forward needs for its rows of bins
+
+  // f(box, its index in the call) for each box of an image, in order.
+  template <class F>
+  void each(int64_t image, F&& f) const {
+    for (int64_t i = start_[static_cast<size_t>(image)]; i < start_[static_cast<size_t>(image) + 1]; ++i) {
+      f(boxes_[static_cast<size_t>(i)], index_[static_cast<size_t>(i)]);
+    }
+  }
+
+ private:
+  struct Place {
+    size_t first_tap, tap_row, tap_weight, column, matrix;
+  };
+
+  void add(const Acc* values, const Options& o, bool backward) {
+    const Acc scale = static_cast<Acc>(o.scale), shift = o.aligned ? Acc{0.5} : Acc{0};
+    const Acc x = values[1] * scale - shift, y = values[2] * scale - shift;
+    Acc w = values[3] * scale - shift - x, h = values[4] * scale - shift - y;
+    if (!o.aligned) {
+      w = std::max(w, Acc{1});
+      h = std::max(h, Acc{1});
+    }
+    add_taps(y, h, o.bins_h, o.sampling, height_, rows_);
+    add_taps(x, w, o.bins_w, o.sampling, width_, columns_);
+    if (columns_.empty() || !std::isfinite(w) || !std::isfinite(h)) rows_.clear();
+    if (rows_.empty()) columns_.clear();
+
+    Place place{ints_.size(), 0, weights_.size(), 0, 0};
+    RoiBox<Acc> box{};
+    box.bins_h = o.bins_h;
+    box.bins_w = o.bins_w;
+    ints_.push_back(0);
+    for (int64_t bin = 0, t = 0; bin < o.bins_h; ++bin) {
+      while (t < static_cast<int64_t>(rows_.size()) && rows_[static_cast<size_t>(t)].bin == bin) ++t;
+      ints_.push_back(static_cast<int32_t>(t));
+    }
+    place.tap_row = ints_.size();
+    for (const Tap<Acc>& t : rows_) {
+      ints_.push_back(t.at);
+      weights_.push_back(t.weight);
+    }
+    place.column = ints_.size();
+    place.matrix = weights_.size();
+    if (!columns_.empty()) matrix(box, backward);
+    most_rows_ = max_of(most_rows_, box.bins_h * box.span);
+    boxes_.push_back(box);
+    places_.push_back(place);
+  }
+
+  // X, by columns that have a weight or by bins.
+  void matrix(RoiBox<Acc>& box, bool backward) {
+    int64_t low = width_, high = 0;
+    for (const Tap<Acc>& t : columns_) {
+      low = min_of(low, t.at);
+      high = max_of(high, t.at + 1);
+    }
+    box.span = min_of(width_, round_up(high - low, kRegister / static_cast<int64_t>(sizeof(Acc))));
+    box.x = min_of(low, width_ - box.span);
+    const size_t base = weights_.size();
+    if (backward) {
+      weights_.resize(base + static_cast<size_t>(box.bins_w * box.span));
+      for (const Tap<Acc>& t : columns_)
+        weights_[base + static_cast<size_t>(t.bin * box.span + t.at - box.x)] += t.weight;
+      return;
+    }
+    std::vector<int32_t> place(static_cast<size_t>(box.span), -1);
+    for (const Tap<Acc>& t : columns_) place[static_cast<size_t>(t.at - box.x)] = 0;
+    for (int64_t c = 0; c < box.span; ++c) {
+      if (place[static_cast<size_t>(c)] < 0) continue;
+      place[static_cast<size_t>(c)] = static_cast<int32_t>(box.columns++);
+      ints_.push_back(static_cast<int32_t>(c));
+    }
+    weights_.resize(base + static_cast<size_t>(box.columns * box.bins_w));
+    for (const Tap<Acc>& t : columns_) {
+      weights_[base + static_cast<size_t>(place[static_cast<size_t>(t.at - box.x)] * box.bins_w + t.bin)] += t.weight;
+    }
+  }
+
+  std::vector<int64_t> start_, index_;
+  int64_t height_, width_, most_rows_ = 0;
+  std::vector<Tap<Acc>> rows_, columns_;
+  std::vector<int32_t> ints_;
+  std::vector<Acc> weights_;
+  std::vector<RoiBox<Acc>> boxes_;
+  std::vector<Place> places_;
+};
+
+// f(image, first channel, channels) for each block of planes.
+template <class F>
+void each_block(int64_t images, int64_t channels, int64_t plane_bytes, F&& f) {
+  const int64_t fair = max_of(1, images * channels / (kTasksPerThread * thread_count()));
+  const int64_t block = min_of(min_of(kMostPlanes, fair), max_of(1, kBlockBytes / max_of(1, plane_bytes)));
+  const int64_t blocks = ceil_div(channels, block);
+  parallel_tasks(images * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * block;
+    f(task / blocks, first, min_of(block, channels - first));
+  });
+}
+
+void check(const Tensor& features, const Tensor& boxes, const Options& o) {
+  PYMM_CHECK(features.dim() == 4 && boxes.dim() == 2 && boxes.size(1) == 5, kOp,
+             ": features must be (N, C, H, W) and boxes (K, 5)");
+  PYMM_CHECK(boxes.scalar_type() == features.scalar_type() ||
+                 (boxes.scalar_type() == ScalarType::Float && features.scalar_type() != ScalarType::Double),
+             kOp, ": boxes must be of features' type, or float32 for features of 16 bits");
+  PYMM_CHECK(o.bins_h > 0 && o.bins_w > 0, kOp, ": output_size must be positive");
+}
+
+Tensor forward(const Tensor& features_in, const Tensor& boxes_in, int64_t bins_h, int64_t bins_w, double scale,
+               int64_t sampling, bool aligned) {
+  const Options o{bins_h, bins_w, scale, sampling, aligned};
+  check(features_in, boxes_in, o);
+  const int64_t count = boxes_in.size(0), channels = features_in.size(1);
+  Tensor out = empty({count, channels, bins_h, bins_w}, features_in);
+  if (out.numel() == 0) return out;
+  const Tensor features = dense(features_in), boxes = dense(boxes_in);
+  const int64_t images = features.size(0), height = features.size(2), width = features.size(3);
+  const DType dtype = pymm::dtype_of(features, kOp);
+  dispatch(dtype, [&]<class T>() {
+    using Acc = Accumulator<T>;
+    const Boxes<Acc> all(boxes, o, images, height, width, false);
+    const RoiAlign& loops = roi_align_for(dtype);
+    const int64_t area = height * width, bins = bins_h * bins_w;
+    each_block(images, channels, area * static_cast<int64_t>(sizeof(T)), [&](int64_t image, int64_t first, int64_t n) {
+      Scratch rows(all.most_rows() * static_cast<int64_t>(sizeof(Acc)) + kRegister);
+      const T* planes = data<T>(features) + (image * channels + first) * area;
+      all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
+        T* to = data<T>(out) + (k * channels + first) * bins;
+        for (int64_t c = 0; c < n; ++c) loops.forward(&box, planes + c * area, width, rows.as<Acc>(), to + c * bins);
+      });
+    });
+  });
+  return out;
+}
+
+Tensor backward(const Tensor& dout_in, const Tensor& boxes_in, int64_t images, int64_t height, int64_t width,
+                double scale, int64_t sampling, bool aligned) {
+  PYMM_CHECK(dout_in.dim() == 4 && dout_in.size(0) == boxes_in.size(0), kOp, ": dout must be (K, C, h, w)");
+  const Options o{dout_in.size(2), dout_in.size(3), scale, sampling, aligned};
+  check(dout_in, boxes_in, o);
+  const int64_t channels = dout_in.size(1);
+  Tensor grad = empty({images, channels, height, width}, dout_in);
+  if (grad.numel() == 0) return grad;
+  const Tensor dout = dense(dout_in), boxes = dense(boxes_in);
+  const DType dtype = pymm::dtype_of(dout, kOp);
+  dispatch(dtype, [&]<class T>() {
+    using Acc = Accumulator<T>;
+    constexpr bool direct = std::is_same_v<T, Acc>;
+    const Boxes<Acc> all(boxes, o, images, height, width, true);
+    const RoiAlign& loops = roi_align_for(dtype);
+    const int64_t area = height * width, bins = o.bins_h * o.bins_w;
+    each_block(images, channels, area * static_cast<int64_t>(sizeof(Acc)),
+               [&](int64_t image, int64_t first, int64_t n) {
+                 T* target = data<T>(grad) + (image * channels + first) * area;
+                 const Scratch scratch(direct ? 0 : n * area * static_cast<int64_t>(sizeof(Acc)));
+                 Acc* planes = scratch.as<Acc>();
+                 if constexpr (direct) planes = target;
+                 std::fill_n(planes, n * area, Acc{0});
+                 all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
+                   const T* from = data<T>(dout) + (k * channels + first) * bins;
+                   for (int64_t c = 0; c < n; ++c) loops.backward(&box, from + c * bins, width, planes + c * area);
+                 });
+                 if constexpr (!direct) rows_for(dtype).narrow(planes, 1, n * area, target);
+               });
+  });
+  return grad;
+}
+
+}  // namespace
+}  // namespace pymm
+
+STABLE_TORCH_LIBRARY_IMPL(pymm, CPU, m) {
+  m.impl("roi_align", TORCH_BOX(&pymm::forward));
+  m.impl("roi_align_backward", TORCH_BOX(&pymm::backward));
+}
