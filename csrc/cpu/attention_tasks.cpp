@@ -63,9 +63,9 @@ AttentionCall attention_call(const Tensor& q, const Tensor& k, const Tensor& v, 
 }
 
 void attention_forward(const AttentionProblems& problems, const std::function<AttentionForward(int64_t)>& target) {
-  const auto& by_rows = attention_forward_table().for_dtype[static_cast<int>(problems.dtype)];
-  const auto& by_columns = attention_decode_table().for_dtype[static_cast<int>(problems.dtype)];
   const AttentionCall& call = problems.call;
+  const auto& by_rows = kernels_for(attention_forward_table(), problems.dtype, call);
+  const auto& by_columns = attention_decode_table().for_dtype[static_cast<int>(problems.dtype)];
   const int64_t wanted = problems.count ? ceil_div(4 * thread_count(), problems.count) : 1;
   std::vector<ForwardTask> tasks;
   std::vector<int64_t> first_part(problems.count), parts_of(problems.count);
@@ -108,8 +108,8 @@ void attention_forward(const AttentionProblems& problems, const std::function<At
 
 void attention_backward(const AttentionProblems& problems, const std::function<AttentionBackward(int64_t)>& target,
                         const MaskGradientTasks& mask) {
-  const auto& kernels = attention_backward_table().for_dtype[static_cast<int>(problems.dtype)];
   const AttentionCall& call = problems.call;
+  const auto& kernels = kernels_for(attention_backward_table(), problems.dtype, call);
   const int64_t owners = mask.owners.empty() ? problems.count : static_cast<int64_t>(mask.owners.size());
   if (problems.count == 0) return;
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/gradient_range.h"
 #include "cpu/info_nce_sides.h"
 #include "cpu/pairs.h"
 #include "cpu/unit_rows.h"
@@ -134,8 +135,11 @@ double backward_of(const InfoNceProblem<T>& p, const Accumulator<T>* dlosses, co
   const InfoNceLoops<Acc>& loops = loops_of(Acc{});
   const Acc scale = tile_scale(p);
   const int count = p.symmetric ? 2 : 1;
-  std::vector<double> weight(p.n);
-  for (int64_t i = 0; i < p.n; ++i) weight[i] = static_cast<double>(dlosses[i]) / count;
+  std::vector<double> weight(dlosses, dlosses + p.n);
+  Magnitudes factors[2];
+  for (int side = 0; side < 2; ++side) factors[side].add(p.factor[side][0]).add(p.factor[side][1]);
+  const GradientRange range = GradientRange::of<T>(Magnitudes{}.add(weight), factors[0], factors[1]);
+  for (double& w : weight) w *= range.power / count;
   const std::vector<Acc> nothing(max_of(kGradientRows, kGradientColumns));
   const GradientWeights<Acc> student(weight, lse, count, 1.0);
   const GradientWeights<Acc> teacher(weight, lse + count * p.n, p.teacher ? count : 0, p.soft);
@@ -149,6 +153,7 @@ double backward_of(const InfoNceProblem<T>& p, const Accumulator<T>* dlosses, co
   const int64_t parts = thread_count();
   std::optional<RowSums<T>> sums[2];
   Wanted<T> wanted;
+  wanted.wide = range.wide;
   for (int set = 0; set < 2; ++set) {
     if (row_out[set])
       wanted.rows[set] = &sums[set].emplace(row_out[set], p.pairs.rows[set].n, p.pairs.d, parts, kGradientRows);
@@ -156,8 +161,8 @@ double backward_of(const InfoNceProblem<T>& p, const Accumulator<T>* dlosses, co
   }
   const auto finish = [&](int side, int set, int64_t first, int64_t rows, Acc* u, T* out) {
     const T* const x = (side == 0 ? p.pairs.rows[set] : p.pairs.columns[set]).data;
-    through_unit(u, x + first * p.pairs.d, p.normalize ? &p.inverse[side][set][first] : nullptr, p.scale, rows,
-                 p.pairs.d, out + first * p.pairs.d);
+    through_unit(u, x + first * p.pairs.d, p.normalize ? &p.inverse[side][set][first] : nullptr, p.scale / range.power,
+                 rows, p.pairs.d, out + first * p.pairs.d);
   };
 
   differentiate_pairs(
@@ -225,7 +230,7 @@ double backward_of(const InfoNceProblem<T>& p, const Accumulator<T>* dlosses, co
       });
     }
   }
-  return p.sign * totals.total();
+  return p.sign * totals.total() / range.power;
 }
 
 using MaybeTensor = std::optional<Tensor>;

@@ -22,7 +22,12 @@ constexpr const char* kNames[] = {
 #undef PYMM_ISA_NAME
 };
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
-static_assert(kCount == PYMM_ISA_COUNT, "cmake/isa.cmake and PYMM_FOR_EACH_ISA list the same sets");
+#if defined(__x86_64__)
+constexpr int kWithoutVariant = 1;  // amx_fp16
+#else
+constexpr int kWithoutVariant = 0;
+#endif
+static_assert(kCount == PYMM_ISA_COUNT + kWithoutVariant, "cmake/isa.cmake and PYMM_FOR_EACH_ISA list the same sets");
 
 #if defined(PYMM_EMULATE_AMX)
 [[maybe_unused]] constexpr bool kEmulatedTiles = true;
@@ -63,8 +68,10 @@ Isa detect() {
   if (!avx512) return Isa::avx2;
   const bool amx = bit(d, 24) && bit(d, 22) && (state & kTiles) == kTiles;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return Isa::avx512;
-  if (kEmulatedTiles) return Isa::amx;
-  return amx && tile_permission() ? Isa::amx : Isa::avx512_bf16;
+  if (kEmulatedTiles) return Isa::amx_fp16;
+  const bool amx_fp16 = bit(a, 21);
+  if (!amx || !tile_permission()) return Isa::avx512_bf16;
+  return amx_fp16 ? Isa::amx_fp16 : Isa::amx;
 }
 #else
 Isa detect() { return Isa::portable; }

@@ -8,8 +8,9 @@
 #include <vector>
 
 // Every variant of an inner loop lives in the namespace of its instruction set; the list below is in rank order.
+// amx_fp16 has no variant of its own: it is amx, whose float16 products go through tiles when current_isa() says so.
 #if defined(__x86_64__)
-#define PYMM_FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16) X(amx)
+#define PYMM_FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16) X(amx) X(amx_fp16)
 #else
 #define PYMM_FOR_EACH_ISA(X) X(portable)
 #endif
@@ -44,27 +45,27 @@ void set_isa(const std::string& name);
 // PYMM_DECLARE_KERNELS(Table, name) declares `const Table& name()` in the namespace of every instruction set, which
 // csrc/cpu/simd/<op>.cpp defines in its PYMM_ISA, and `pymm::name()`, which returns the variant of the one in use.
 #if defined(__x86_64__)
-#define PYMM_DECLARE_KERNELS(Table, name)                                                                   \
-  namespace portable {                                                                                      \
-  const Table& name();                                                                                      \
-  }                                                                                                         \
-  namespace avx2 {                                                                                          \
-  const Table& name();                                                                                      \
-  }                                                                                                         \
-  namespace avx512 {                                                                                        \
-  const Table& name();                                                                                      \
-  }                                                                                                         \
-  namespace avx512_bf16 {                                                                                   \
-  const Table& name();                                                                                      \
-  }                                                                                                         \
-  namespace amx {                                                                                           \
-  const Table& name();                                                                                      \
-  }                                                                                                         \
-  inline const Table& name() {                                                                              \
-    using Variant = const Table& (*)();                                                                     \
-    static constexpr Variant variants[] = {&portable::name, &avx2::name, &avx512::name, &avx512_bf16::name, \
-                                           &amx::name};                                                     \
-    return variants[static_cast<int>(current_isa())]();                                                     \
+#define PYMM_DECLARE_KERNELS(Table, name)                                                  \
+  namespace portable {                                                                     \
+  const Table& name();                                                                     \
+  }                                                                                        \
+  namespace avx2 {                                                                         \
+  const Table& name();                                                                     \
+  }                                                                                        \
+  namespace avx512 {                                                                       \
+  const Table& name();                                                                     \
+  }                                                                                        \
+  namespace avx512_bf16 {                                                                  \
+  const Table& name();                                                                     \
+  }                                                                                        \
+  namespace amx {                                                                          \
+  const Table& name();                                                                     \
+  }                                                                                        \
+  inline const Table& name() {                                                             \
+    using Variant = const Table& (*)();                                                    \
+    static constexpr Variant variants[] = {&portable::name,    &avx2::name, &avx512::name, \
+                                           &avx512_bf16::name, &amx::name,  &amx::name};   \
+    return variants[static_cast<int>(current_isa())]();                                    \
   }
 #else
 #define PYMM_DECLARE_KERNELS(Table, name) \

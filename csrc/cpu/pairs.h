@@ -197,6 +197,7 @@ struct Wanted {
   const RowSums<T>* rows[2] = {};  // += G . Y, per set; null: not wanted
   bool columns[2] = {};            // G^T . X, per set
   bool everywhere = true;          // visit every tile, wanted for that or not
+  bool wide = false;               // G is beyond float16's range (gradient_range.h)
 };
 
 // For every tile, visit(tile) turns its dot products into G in place. finish(set, first, count, sums) receives G^T . X
@@ -204,7 +205,7 @@ struct Wanted {
 template <class T, class Visit, class Finish>
 void differentiate_pairs(const Pairs<T>& pairs, const Wanted<T>& wanted, Visit&& visit, Finish&& finish) {
   using Acc = Accumulator<T>;
-  const Gemm& gemm = gemm_for(dtype_of<T>());
+  const Gemm& gemm = (wanted.wide ? wide_gemm_for : gemm_for)(dtype_of<T>());
   const int64_t d = pairs.d, acc_bytes = sizeof(Acc);
   for (int set = 0; set < 2; ++set) {
     const Features<T>& columns = pairs.columns[set];

@@ -10,10 +10,11 @@ namespace pymm {
 
 double peak_operations(const std::string& dtype, int64_t steps) {
   const Peak& loops = peak();
-  const auto loop = dtype == "float32" || dtype == "float16" ? loops.f32
-                    : dtype == "float64"                     ? loops.f64
-                    : dtype == "bfloat16"                    ? loops.bf16
-                                                             : nullptr;
+  const auto loop = dtype == "float32"    ? loops.f32
+                    : dtype == "float64"  ? loops.f64
+                    : dtype == "bfloat16" ? loops.bf16
+                    : dtype == "float16"  ? loops.f16
+                                          : nullptr;
   if (!loop) {
     throw std::invalid_argument("peak_operations: dtype must be float32, float64, bfloat16 or float16, got '" + dtype +
                                 "'");

@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "cpu/gradient_range.h"
 #include "cpu/pairs.h"
 #include "cpu/unit_rows.h"
 
@@ -78,26 +79,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dloss, const T
     using Acc = Accumulator<T>;
     const Problem<T> problem(x, y, logit_scale, logit_bias);
     const int64_t n = problem.pairs.rows[0].n, d = problem.pairs.d, parts = thread_count();
-    const Acc share = static_cast<Acc>(static_cast<double>(*data<Acc>(dloss)) / static_cast<double>(max_of(1, n)));
+    const double mean = static_cast<double>(*data<Acc>(dloss)) / static_cast<double>(max_of(1, n));
+    const GradientRange range =
+        GradientRange::of<T>(Magnitudes{}.add(std::initializer_list<double>{mean}), Magnitudes{}.add(problem.x_factors),
+                             Magnitudes{}.add(problem.y_factors));
+    const Acc share = static_cast<Acc>(mean * range.power);
+    const double scale = problem.scale / range.power;
     const RowSums<T> row_sums(data<T>(dx), n, d, parts, kGradientRows);
     PartSums scale_sums, bias_sums;
     differentiate_pairs(
-        problem.pairs, Wanted<T>{{&row_sums, nullptr}, {true, false}},
+        problem.pairs, Wanted<T>{{&row_sums, nullptr}, {true, false}, true, range.wide},
         [&](const PairTile<Acc>& t) {
           const SigmoidSums sums = loops_of(Acc{}).gradient(problem.tile(t), share);
           scale_sums[t.part] += sums.scale;
           bias_sums[t.part] += sums.bias;
         },
         [&](int, int64_t first, int64_t rows, Acc* u) {
-          through_unit(u, data<T>(problem.y) + first * d, &problem.y_factors[first], problem.scale, rows, d,
+          through_unit(u, data<T>(problem.y) + first * d, &problem.y_factors[first], scale, rows, d,
                        data<T>(dy) + first * d);
         });
     row_sums.each_block(n, parts, kGradientRows, [&](int64_t first, int64_t rows, Acc* u) {
-      through_unit(u, data<T>(problem.x) + first * d, &problem.x_factors[first], problem.scale, rows, d,
+      through_unit(u, data<T>(problem.x) + first * d, &problem.x_factors[first], scale, rows, d,
                    data<T>(dx) + first * d);
     });
-    *data<Acc>(dscale) = static_cast<Acc>(scale_sums.total());
-    *data<Acc>(dbias) = static_cast<Acc>(bias_sums.total());
+    *data<Acc>(dscale) = static_cast<Acc>(scale_sums.total() / range.power);
+    *data<Acc>(dbias) = static_cast<Acc>(bias_sums.total() / range.power);
   });
   return {dx, dy, dscale, dbias};
 }

@@ -39,12 +39,22 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(build.glob("_C*.so"))
 
 
-def test_bfloat16_on_every_sample(emulated: Path) -> None:
-    chosen = "test_kernel_equals and amx and bfloat16"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_records.py"]
+def _run(emulated: Path, tests: str, chosen: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, "-k", chosen]
     environment = {**os.environ, "PYMM_TEST_EXTENSION": str(emulated)}
-    done = subprocess.run(
-        [*command, "-k", chosen], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout
+
+
+def test_bfloat16_on_every_sample(emulated: Path) -> None:
+    _run(emulated, "tests/ops/test_records.py", "test_kernel_equals and amx and not fp16 and bfloat16")
+
+
+def test_float16_on_every_sample(emulated: Path) -> None:
+    chosen = "test_kernel_equals and amx_fp16 and float16 and not bfloat16"
+    _run(emulated, "tests/ops/test_records.py", chosen)
+
+
+def test_float16_at_the_ends_of_its_range(emulated: Path) -> None:
+    _run(emulated, "tests/cpu/test_float16_range.py", "amx_fp16")

@@ -98,16 +98,25 @@ struct AttentionBackwardKernels {
 // By DType.
 struct AttentionForwardTable {
   AttentionForwardKernels for_dtype[4];
+  AttentionForwardKernels f16_as_float;
 };
 struct AttentionDecodeTable {
   AttentionDecodeKernels for_dtype[4];
 };
 struct AttentionBackwardTable {
   AttentionBackwardKernels for_dtype[4];
+  AttentionBackwardKernels f16_as_float;
 };
 
 PYMM_DECLARE_KERNELS(AttentionForwardTable, attention_forward_table)
 PYMM_DECLARE_KERNELS(AttentionDecodeTable, attention_decode_table)
 PYMM_DECLARE_KERNELS(AttentionBackwardTable, attention_backward_table)
+
+// The kernels for a call. What dropout keeps is multiplied by 1 / (1 - p), which may leave float16's range.
+template <class Table>
+inline const auto& kernels_for(const Table& table, DType dtype, const AttentionCall& call) {
+  const bool leaves = call.dropout_p > 1 - 0x1p-15;
+  return dtype == DType::f16 && leaves ? table.f16_as_float : table.for_dtype[static_cast<int>(dtype)];
+}
 
 }  // namespace pymm

@@ -2,6 +2,8 @@
 // On chip: a block of k and v, packed once, passes all rows while it is in L2; the scores of a block of rows and their
 // gradients stay in L2 from product to product, with one exponential each; so do the accumulators of dq, dk and dv.
 // Bytes: q and dout are read once per block of columns; no scores reach memory.
+// Range: where ds becomes float16, which ends at 65504 and thins out below 2^-14, it is held times a power of two that
+// brings its bound near the end; dq and dk are divided by it.
 // Ragged edges: packed operands are padded with zeros, rows that were padded have a log-sum-exp of infinity.
 #include "cpu/simd/attention.h"
 #include "cpu/simd/attention_blocks.h"
@@ -29,6 +31,7 @@ struct Backward {
     int64_t block, stride, rows;  // columns of a block, from score row to score row, all rows of the heads
     E *k, *v, *k_units, *q, *dout, *q_turned, *dout_turned, *ds_rows;
     Acc *scores, *dp, *dq, *dk, *dv, *shift, *offset, *factors;
+    Acc power = 1;  // that ds is held times
 
     BackwardPlan(const AttentionCall& call, const AttentionHead& head, int64_t columns, Parts& parts) {
       depth = round_up(call.d, Blocks::kUnit);
@@ -66,20 +69,50 @@ struct Backward {
 
   // Each row's log-sum-exp in powers of two, infinity where it attends nowhere, and sum(dout * out) - dlse.
   static void row_statistics(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
-                             const BackwardPlan& plan) {
+                             BackwardPlan& plan, int64_t first, int64_t columns) {
+    Acc largest_dout = 0, largest_offset = 0;  // squared norm, magnitude
     for_runs(0, plan.rows, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
       const int64_t at = query_head * with.lse_stride + t;
       const Acc* lse = static_cast<const Acc*>(with.lse) + at;
       const Acc* dlse = with.dlse ? static_cast<const Acc*>(with.dlse) + at : nullptr;
       for (int64_t i = 0; i < run; ++i) {
         const T *g = with.dout.at<T>(query_head, t + i), *o = with.out.at<T>(query_head, t + i);
-        V sum{};
-        for (int64_t d = 0; d < call.dv; d += lanes)
-          sum += load_some(g + d, call.dv - d) * load_some(o + d, call.dv - d);
+        V sum{}, squares{};
+        for (int64_t d = 0; d < call.dv; d += lanes) {
+          const V value = load_some(g + d, call.dv - d);
+          sum += value * load_some(o + d, call.dv - d);
+          if constexpr (Rows::ds_is_scaled) squares += value * value;
+        }
         plan.shift[done + i] = lse[i] == -Blocks::kInfinity ? Blocks::kInfinity : lse[i] * static_cast<Acc>(kLog2e);
         plan.offset[done + i] = reduce_add(sum) - (dlse ? dlse[i] : Acc{0});
+        if constexpr (Rows::ds_is_scaled) {
+          largest_dout = larger(largest_dout, reduce_add(squares));
+          largest_offset = larger(largest_offset, __builtin_fabsf(plan.offset[done + i]));
+        }
       }
     });
+    if constexpr (Rows::ds_is_scaled) {
+      Acc largest_v = 0;
+      for (int64_t column = first; column < first + columns; ++column) {
+        const T* row = head.v.at<T>(0, column);
+        V squares{};
+        for (int64_t d = 0; d < call.dv; d += lanes) {
+          const V value = load_some(row + d, call.dv - d);
+          squares += value * value;
+        }
+        largest_v = larger(largest_v, reduce_add(squares));
+      }
+      const Acc kept = call.dropout_p < 1 ? static_cast<Acc>(1 / (1 - call.dropout_p)) : Acc{0};
+      plan.power = power_for(kept * __builtin_sqrtf(largest_dout) * __builtin_sqrtf(largest_v) + largest_offset);
+    }
+  }
+  static Acc larger(Acc a, Acc b) { return b > a ? b : a; }
+
+  // The power of two that brings numbers up to `bound` to 2^14 at most; 1 where there is none.
+  static float power_for(float bound) {
+    const int exponent = static_cast<int>(bit_cast<uint32_t>(bound) >> 23) - 126;  // bound < 2^exponent
+    if (exponent < -100 || exponent > 100) return 1;
+    return bit_cast<float>(static_cast<uint32_t>(14 - exponent + 127) << 23);
   }
 
   // Weights, and the gradient of the scores, of a block of rows.
@@ -109,7 +142,7 @@ struct Backward {
     };
     for (int64_t i = 0; i < block.padded; i += 2) {
       const auto upper = row_of(i, plan.factors), lower = row_of(i + 1, plan.factors + round_up(plan.block, 64));
-      Rows::gradient_rows(upper, lower, padded, unit, plan.ds_rows + i * plan.stride, plan.stride);
+      Rows::gradient_rows(upper, lower, padded, unit, plan.power, plan.ds_rows + i * plan.stride, plan.stride);
     }
   }
 
@@ -138,13 +171,13 @@ struct Backward {
 
   static void write_dq(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& to,
                        const BackwardPlan& plan) {
-    const V factor = broadcast<Acc>(static_cast<Acc>(call.scale));
+    const V factor = broadcast<Acc>(static_cast<Acc>(call.scale) / plan.power);
     for_runs(0, plan.rows, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
       for (int64_t i = 0; i < run; ++i) {
         const Acc* from = plan.dq + (done + i) * plan.width;
         if (to.dq_partial) {
-          memcpy(static_cast<Acc*>(to.dq_partial) + (done + i) * call.d, from,
-                 static_cast<size_t>(call.d) * sizeof(Acc));
+          Acc* part = static_cast<Acc*>(to.dq_partial) + (done + i) * call.d;
+          for (int64_t d = 0; d < call.d; ++d) part[d] = from[d] / plan.power;
           continue;
         }
         T* row = to.dq.at<T>(query_head, t + i);
@@ -156,9 +189,9 @@ struct Backward {
   static void backward(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
                        int64_t first, int64_t columns, void* scratch) {
     Parts parts(scratch);
-    const BackwardPlan plan(call, head, columns, parts);
+    BackwardPlan plan(call, head, columns, parts);
     RowBlock block;
-    row_statistics(call, head, with, plan);
+    row_statistics(call, head, with, plan, first, columns);
     memset(plan.dq, 0, static_cast<size_t>(round_up(plan.rows, Blocks::kRowPad) * plan.width) * sizeof(Acc));
     RegisterTile::begin();
     for (int64_t column = first; column < first + columns; column += plan.block) {
@@ -174,7 +207,7 @@ struct Backward {
         if (block.most == 0) continue;
         backward_block(call, head, with, plan, block, r, column);
       }
-      write_turned(plan.dk, plan.stride, count, call.d, call.scale, with.dk, column);
+      write_turned(plan.dk, plan.stride, count, call.d, call.scale / plan.power, with.dk, column);
       write_turned(plan.dv, plan.stride, count, call.dv, 1, with.dv, column);
     }
     RegisterTile::end();
@@ -220,7 +253,14 @@ struct Backward {
 
 const AttentionBackwardTable& attention_backward_table() {
   static constexpr AttentionBackwardTable table{
-      {Backward<float>::table, Backward<double>::table, Backward<bf16>::table, Backward<f16>::table}};
+      {Backward<float>::table, Backward<double>::table, Backward<bf16>::table, Backward<f16>::table},
+      Backward<f16>::table};
+#if PYMM_ISA_LEVEL >= 4
+  static constexpr AttentionBackwardTable with_f16{
+      {Backward<float>::table, Backward<double>::table, Backward<bf16>::table, Backward<tiled_f16>::table},
+      Backward<f16>::table};
+  if (current_isa() >= Isa::amx_fp16) return with_f16;
+#endif
   return table;
 }
 

@@ -114,7 +114,13 @@ struct Forward {
 
 const AttentionForwardTable& attention_forward_table() {
   static constexpr AttentionForwardTable table{
-      {Forward<float>::table, Forward<double>::table, Forward<bf16>::table, Forward<f16>::table}};
+      {Forward<float>::table, Forward<double>::table, Forward<bf16>::table, Forward<f16>::table}, Forward<f16>::table};
+#if PYMM_ISA_LEVEL >= 4
+  static constexpr AttentionForwardTable with_f16{
+      {Forward<float>::table, Forward<double>::table, Forward<bf16>::table, Forward<tiled_f16>::table},
+      Forward<f16>::table};
+  if (current_isa() >= Isa::amx_fp16) return with_f16;
+#endif
   return table;
 }
 

@@ -174,6 +174,9 @@ struct AttentionRows {
     int64_t mask_stride;  // 0: all of the row into one number
   };
 
+  // Whether ds becomes float16, whose range it needs to be brought into.
+  static constexpr bool ds_is_scaled = __is_same(E, f16);
+
   struct Gradient {
     V weights, ds;
   };
@@ -211,12 +214,9 @@ struct AttentionRows {
 
 #if PYMM_ISA_LEVEL >= 3
   // Pairs of two rows: in the order of B's units, and row by row into `rows`.
-  static void store_pairs(bf16* units, V upper, V lower, bf16* upper_row, bf16* lower_row) {
-    alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)lower, (__m512)upper);
-    _mm512_storeu_si512(units, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
+  static void store_pairs(E* units, V upper, V lower, E* upper_row, E* lower_row) {
+    const __m512i both = narrow(E{}, upper, lower);
+    _mm512_storeu_si512(units, interleave(both));
     if (upper_row) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper_row), _mm512_castsi512_si256(both));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(lower_row), _mm512_extracti64x4_epi64(both, 1));
@@ -226,18 +226,23 @@ struct AttentionRows {
 
   // Weights and ds of two rows, columns [0, padded), zero beyond what a row sees. Paired: the units of both weights
   // replace the upper row's scores, the units of both ds its dp, and ds goes to `ds_rows`, `ds_ld` apart, too. Not
-  // paired: weights replace the scores and ds replaces dp.
-  static void gradient_rows(const GradientRow& upper, const GradientRow& lower, int64_t padded, Acc unit, E* ds_rows,
-                            int64_t ds_ld) {
+  // paired: weights replace the scores and ds replaces dp. `power` is a power of two that ds is multiplied by if it is
+  // scaled.
+  static void gradient_rows(const GradientRow& upper, const GradientRow& lower, int64_t padded, Acc unit,
+                            [[maybe_unused]] Acc power, E* ds_rows, int64_t ds_ld) {
     const V u = broadcast<Acc>(unit);
     V upper_sum{}, lower_sum{};
     const int64_t seen = round_up(max_of(upper.n, lower.n), lanes);
     for (int64_t i = 0; i < seen; i += lanes) {
-      const Gradient a = gradient_of(upper, i, u, upper_sum), b = gradient_of(lower, i, u, lower_sum);
+      Gradient a = gradient_of(upper, i, u, upper_sum), b = gradient_of(lower, i, u, lower_sum);
+      if constexpr (ds_is_scaled) {
+        a.ds *= broadcast<Acc>(power);
+        b.ds *= broadcast<Acc>(power);
+      }
 #if PYMM_ISA_LEVEL >= 3
       if constexpr (paired) {
-        store_pairs(reinterpret_cast<bf16*>(upper.s) + 2 * i, a.weights, b.weights, nullptr, nullptr);
-        store_pairs(reinterpret_cast<bf16*>(upper.dp) + 2 * i, a.ds, b.ds, ds_rows + i, ds_rows + ds_ld + i);
+        store_pairs(reinterpret_cast<E*>(upper.s) + 2 * i, a.weights, b.weights, nullptr, nullptr);
+        store_pairs(reinterpret_cast<E*>(upper.dp) + 2 * i, a.ds, b.ds, ds_rows + i, ds_rows + ds_ld + i);
         continue;
       }
 #endif

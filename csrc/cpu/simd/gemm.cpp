@@ -92,45 +92,41 @@ struct Bf16Tile {
 };
 #elif PYMM_ISA_LEVEL >= 4
 // AMX: 2 x 2 accumulator tiles of 16 x 16. A tile of A is 16 rows of 32 K; a tile of B is 16 pairs of K by 16 columns.
-struct Bf16Tile {
-  using Element = bf16;
+template <class E>
+struct AmxTile {
+  using Element = E;
   static constexpr int mr = 32, nr = 32, ka = 32, kb = 2, k_unit = 32;
 
-  static void run(int64_t k, const bf16* a, const bf16* b, float* c, int64_t ldc, bool accumulate) {
+  static void run(int64_t k, const E* a, const E* b, float* c, int64_t ldc, bool accumulate) {
     const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
     if (accumulate) {
-      PYMM_TILE_LOAD(0, c, stride);
-      PYMM_TILE_LOAD(1, c + 16, stride);
-      PYMM_TILE_LOAD(2, c + 16 * ldc, stride);
-      PYMM_TILE_LOAD(3, c + 16 * ldc + 16, stride);
+      load_tile<0>(c, stride);
+      load_tile<1>(c + 16, stride);
+      load_tile<2>(c + 16 * ldc, stride);
+      load_tile<3>(c + 16 * ldc + 16, stride);
     } else {
-      PYMM_TILE_ZERO(0);
-      PYMM_TILE_ZERO(1);
-      PYMM_TILE_ZERO(2);
-      PYMM_TILE_ZERO(3);
+      zero_tile<0>();
+      zero_tile<1>();
+      zero_tile<2>();
+      zero_tile<3>();
     }
     for (int64_t p = 0; p < k; p += k_unit, a += mr * ka, b += nr * k_unit) {
-      PYMM_TILE_LOAD(4, a, 64);
-      PYMM_TILE_LOAD(5, a + 16 * ka, 64);
-      PYMM_TILE_LOAD(6, b, 128);
-      PYMM_TILE_LOAD(7, b + 32, 128);
-      PYMM_TILE_DOT_BF16(0, 4, 6);
-      PYMM_TILE_DOT_BF16(1, 4, 7);
-      PYMM_TILE_DOT_BF16(2, 5, 6);
-      PYMM_TILE_DOT_BF16(3, 5, 7);
+      load_tile<4>(a, 64);
+      load_tile<5>(a + 16 * ka, 64);
+      load_tile<6>(b, 128);
+      load_tile<7>(b + 32, 128);
+      dot_tiles<E, 0, 4, 6>();
+      dot_tiles<E, 1, 4, 7>();
+      dot_tiles<E, 2, 5, 6>();
+      dot_tiles<E, 3, 5, 7>();
     }
-    PYMM_TILE_STORE(0, c, stride);
-    PYMM_TILE_STORE(1, c + 16, stride);
-    PYMM_TILE_STORE(2, c + 16 * ldc, stride);
-    PYMM_TILE_STORE(3, c + 16 * ldc + 16, stride);
+    store_tile<0>(c, stride);
+    store_tile<1>(c + 16, stride);
+    store_tile<2>(c + 16 * ldc, stride);
+    store_tile<3>(c + 16 * ldc + 16, stride);
   }
-  // A thread's tile configuration is its own: it is set for each block and released, so that no other library
-  // finds ours and the kernel saves no tile data on a context switch outside.
-  static void begin() {
-    const TileConfig config;
-    PYMM_TILE_LOAD_CONFIG(&config);
-  }
-  static void end() { PYMM_TILE_RELEASE(); }
+  static void begin() { configure_tiles(); }
+  static void end() { release_tiles(); }
 };
 #endif
 
@@ -184,13 +180,20 @@ constexpr Gemm make() {
 }  // namespace
 
 const GemmTable& gemm_table() {
-#if PYMM_ISA_LEVEL >= 3
+#if PYMM_ISA_LEVEL >= 4
+  using ForBf16 = AmxTile<bf16>;
+#elif PYMM_ISA_LEVEL == 3
   using ForBf16 = Bf16Tile;
 #else
   using ForBf16 = FmaTile<float>;
 #endif
-  static constexpr GemmTable table{{make<FmaTile<float>, float>(), make<FmaTile<double>, double>(),
-                                    make<ForBf16, bf16>(), make<FmaTile<float>, f16>()}};
+  constexpr Gemm of_float = make<FmaTile<float>, float>(), of_double = make<FmaTile<double>, double>();
+  constexpr Gemm of_bf16 = make<ForBf16, bf16>(), of_f16 = make<FmaTile<float>, f16>();
+  static constexpr GemmTable table{{of_float, of_double, of_bf16, of_f16}, of_f16};
+#if PYMM_ISA_LEVEL >= 4
+  static constexpr GemmTable with_f16{{of_float, of_double, of_bf16, make<AmxTile<f16>, f16>()}, of_f16};
+  if (current_isa() >= Isa::amx_fp16) return with_f16;
+#endif
   return table;
 }
 

@@ -7,7 +7,7 @@
 // accumulators C while they are in L1: its epilogue costs no trip to memory.
 //
 // What a panel holds depends on the input type and the machine: double for double; bfloat16 where AVX-512 BF16 or
-// AMX multiply it; float for everything else (bfloat16 and float16 are widened while packing).
+// AMX multiply it, float16 where AMX does; float for everything else (bfloat16 and float16 are widened while packing).
 #pragma once
 
 #include <cstdint>
@@ -38,10 +38,16 @@ struct Gemm {
 
 struct GemmTable {
   Gemm for_dtype[4];  // by DType
+  Gemm f16_as_float;
 };
 
 PYMM_DECLARE_KERNELS(GemmTable, gemm_table)
 
 inline const Gemm& gemm_for(DType dtype) { return gemm_table().for_dtype[static_cast<int>(dtype)]; }
+
+// For operands computed before that may be beyond float16's range, which ends at 65504 and thins out below 2^-14.
+inline const Gemm& wide_gemm_for(DType dtype) {
+  return dtype == DType::f16 ? gemm_table().f16_as_float : gemm_for(dtype);
+}
 
 }  // namespace pymm

@@ -7,16 +7,16 @@ namespace pymm::PYMM_ISA {
 
 template <class From, class To>
 inline To convert(From x) {
-  return from_acc<To>(static_cast<Accumulator<To>>(to_acc(x)));
-}
-template <>
-inline bf16 convert<bf16, bf16>(bf16 x) {
-  return x;
+  if constexpr (__is_same(From, To)) {
+    return x;
+  } else {
+    return from_acc<To>(static_cast<Accumulator<To>>(to_acc(x)));
+  }
 }
 
 template <class From, class To>
 inline void convert_run(const From* source, To* target, int64_t count) {
-  if constexpr (__is_same(From, To)) {
+  if constexpr (__is_same(From, To) || __is_base_of(To, From)) {
     memcpy(target, source, count * sizeof(To));
   } else {
     constexpr int lanes = lanes_of<Accumulator<From>>();
@@ -101,30 +101,41 @@ inline void pack_panel_along_k(const From* source, int64_t row_stride, int64_t r
 }
 
 #if PYMM_ISA_LEVEL >= 3
-// The pairs (a[i], b[i]) for i < count <= 16, zero beyond; b may be null.
-inline vuint pairs(const bf16* a, const bf16* b, int64_t count) {
+// Two vectors rounded to 16 bits, `low` in the lower half.
+inline __m512i narrow(bf16, vfloat low, vfloat high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+inline __m512i narrow(f16, vfloat low, vfloat high) {
+  const __m256i lower = _mm512_cvtps_ph((__m512)low, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(lower), _mm512_cvtps_ph((__m512)high, _MM_FROUND_TO_NEAREST_INT), 1);
+}
+// The numbers of the lower half, each beside one of the upper half.
+inline __m512i interleave(__m512i halves) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+
+// The pairs (a[i], b[i]) of To for i < count <= 16, zero beyond; b may be null.
+template <class To>
+inline vuint pairs(const To* a, const To* b, int64_t count) {
   const auto mask = static_cast<__mmask16>((1u << count) - 1);
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
   if (!b) return (vuint)low;
   return (vuint)low | (vuint)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b)) << 16;
 }
+template <class To>
 inline vuint pairs(const float* a, const float* b, int64_t count) {
   const auto mask = static_cast<__mmask16>((1u << count) - 1);
   const __m512 low = _mm512_maskz_loadu_ps(mask, a), high = b ? _mm512_maskz_loadu_ps(mask, b) : _mm512_setzero_ps();
-  const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  const __m512i order =
-      _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
-                        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-  return (vuint)_mm512_permutexvar_epi16(order, apart);
+  return (vuint)interleave(narrow(To{}, (vfloat)low, (vfloat)high));
 }
 
-template <class From, int group, int unit>
+template <class From, class To, int group, int unit>
 inline void pack_pairs_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth,
-                                  bf16* panel) {
+                                  To* panel) {
   const auto pair_at = [&](int64_t p, int64_t first) {
     const From* a = source + p * k_stride + first;
     const int64_t count = p < k ? max_of(0, min_of(kLanes, rows - first)) : 0;
-    return count > 0 ? pairs(a, p + 1 < k ? a + k_stride : nullptr, count) : vuint{};
+    return count > 0 ? pairs<To>(a, p + 1 < k ? a + k_stride : nullptr, count) : vuint{};
   };
   if constexpr (unit == 2) {
     for (int64_t p = 0; p < depth; p += 2, panel += 2 * group) {
@@ -152,9 +163,9 @@ inline void pack_pairs_along_rows(const From* source, int64_t k_stride, int64_t 
 template <class From, class To, int group, int unit>
 inline void pack_panel_along_rows(const From* source, int64_t k_stride, int64_t rows, int64_t k, int64_t depth,
                                   To* panel) {
-  if constexpr (__is_same(To, bf16)) {
+  if constexpr (sizeof(To) == 2) {
 #if PYMM_ISA_LEVEL >= 3
-    pack_pairs_along_rows<From, group, unit>(source, k_stride, rows, k, depth, panel);
+    pack_pairs_along_rows<From, To, group, unit>(source, k_stride, rows, k, depth, panel);
 #endif
   } else {
     static_assert(unit == 1);

@@ -29,31 +29,31 @@ double multiply_adds(int64_t steps) {
 }
 
 #if PYMM_ISA_LEVEL >= 4
-double tiles_of_bf16(int64_t steps) {
+template <class E>
+double tiles_of(int64_t steps) {
   constexpr int kTiles = 6;  // accumulators; a product takes 52 cycles and a new one starts every 16
   constexpr double kOperations = 2.0 * 16 * 16 * 32;
-  const TileConfig config;
-  PYMM_TILE_LOAD_CONFIG(&config);
-  PYMM_TILE_ZERO(0);
-  PYMM_TILE_ZERO(1);
-  PYMM_TILE_ZERO(2);
-  PYMM_TILE_ZERO(3);
-  PYMM_TILE_ZERO(4);
-  PYMM_TILE_ZERO(5);
-  PYMM_TILE_ZERO(6);
-  PYMM_TILE_ZERO(7);
+  configure_tiles();
+  zero_tile<0>();
+  zero_tile<1>();
+  zero_tile<2>();
+  zero_tile<3>();
+  zero_tile<4>();
+  zero_tile<5>();
+  zero_tile<6>();
+  zero_tile<7>();
   for (int64_t s = 0; s < steps; ++s) {
-    PYMM_TILE_DOT_BF16(0, 6, 7);
-    PYMM_TILE_DOT_BF16(1, 6, 7);
-    PYMM_TILE_DOT_BF16(2, 6, 7);
-    PYMM_TILE_DOT_BF16(3, 6, 7);
-    PYMM_TILE_DOT_BF16(4, 6, 7);
-    PYMM_TILE_DOT_BF16(5, 6, 7);
+    dot_tiles<E, 0, 6, 7>();
+    dot_tiles<E, 1, 6, 7>();
+    dot_tiles<E, 2, 6, 7>();
+    dot_tiles<E, 3, 6, 7>();
+    dot_tiles<E, 4, 6, 7>();
+    dot_tiles<E, 5, 6, 7>();
   }
-  PYMM_TILE_RELEASE();
+  release_tiles();
   return kOperations * kTiles * static_cast<double>(steps);
 }
-constexpr auto kOfBf16 = &tiles_of_bf16;
+constexpr auto kOfBf16 = &tiles_of<bf16>;
 #elif PYMM_ISA_LEVEL == 3
 double pairs_of_bf16(int64_t steps) {
   __m512 chains[kChains];
@@ -75,7 +75,11 @@ constexpr auto kOfBf16 = &multiply_adds<float>;
 }  // namespace
 
 const Peak& peak() {
-  static constexpr Peak table{&multiply_adds<float>, &multiply_adds<double>, kOfBf16};
+  static constexpr Peak table{&multiply_adds<float>, &multiply_adds<double>, kOfBf16, &multiply_adds<float>};
+#if PYMM_ISA_LEVEL >= 4
+  static constexpr Peak with_f16{&multiply_adds<float>, &multiply_adds<double>, kOfBf16, &tiles_of<f16>};
+  if (current_isa() >= Isa::amx_fp16) return with_f16;
+#endif
   return table;
 }
 

@@ -16,6 +16,15 @@
 
 namespace pymm::PYMM_ISA {
 
+#if PYMM_ISA_LEVEL >= 4
+// float16 that the tiles multiply as it is, where f16 is multiplied as float. In memory there is no difference.
+struct tiled_f16 : f16 {};
+template <>
+inline tiled_f16 from_acc<tiled_f16>(float x) {
+  return {from_acc<f16>(x)};
+}
+#endif
+
 // Element type and register tile for inputs of type T.
 template <class T>
 struct TileOf {
@@ -29,6 +38,14 @@ struct TileOf<bf16> {
   using Acc = float;
   using Element = bf16;
   static constexpr int kPair = 2, kUnit = PYMM_ISA_LEVEL >= 4 ? 32 : 2;
+};
+#endif
+#if PYMM_ISA_LEVEL >= 4
+template <>
+struct TileOf<tiled_f16> {
+  using Acc = float;
+  using Element = f16;
+  static constexpr int kPair = 2, kUnit = 32;
 };
 #endif
 
@@ -101,51 +118,49 @@ struct VectorTile {
 
 #if PYMM_ISA_LEVEL >= 4
 // AMX: up to 2 x 2 accumulator tiles of 16 x 16, each fed with 16 rows of 32 K and 16 pairs of K by 16 columns.
+template <class Element>
 struct AmxTile {
   using Acc = float;
-  using E = bf16;
+  using E = Element;
   static constexpr int kRowUnit = 16, kRows = 32, kColumnUnit = 16, kColumns = 32;
 
-  static void begin() {
-    const TileConfig config;
-    PYMM_TILE_LOAD_CONFIG(&config);
-  }
-  static void end() { PYMM_TILE_RELEASE(); }
+  static void begin() { configure_tiles(); }
+  static void end() { release_tiles(); }
 
-  static void run(int rows, int n, int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c,
-                  int64_t ldc, bool accumulate) {
+  static void run(int rows, int n, int64_t k, const E* a, int64_t lda, const E* b, int64_t ldb, float* c, int64_t ldc,
+                  bool accumulate) {
     const bool below = rows > 16, right = n > 16;
     const int64_t a_bytes = lda * 2, b_bytes = ldb * 2, c_bytes = ldc * 4;
     float *c_below = c + 16 * ldc, *c_right = c + 16, *c_last = c_below + 16;
     if (accumulate) {
-      PYMM_TILE_LOAD(0, c, c_bytes);
-      if (right) PYMM_TILE_LOAD(1, c_right, c_bytes);
-      if (below) PYMM_TILE_LOAD(2, c_below, c_bytes);
-      if (below && right) PYMM_TILE_LOAD(3, c_last, c_bytes);
+      load_tile<0>(c, c_bytes);
+      if (right) load_tile<1>(c_right, c_bytes);
+      if (below) load_tile<2>(c_below, c_bytes);
+      if (below && right) load_tile<3>(c_last, c_bytes);
     } else {
-      PYMM_TILE_ZERO(0);
-      PYMM_TILE_ZERO(1);
-      PYMM_TILE_ZERO(2);
-      PYMM_TILE_ZERO(3);
+      zero_tile<0>();
+      zero_tile<1>();
+      zero_tile<2>();
+      zero_tile<3>();
     }
     for (int64_t p = 0; p < k; p += 32, a += 32, b += 16 * ldb) {
-      PYMM_TILE_LOAD(4, a, a_bytes);
-      PYMM_TILE_LOAD(6, b, b_bytes);
-      PYMM_TILE_DOT_BF16(0, 4, 6);
+      load_tile<4>(a, a_bytes);
+      load_tile<6>(b, b_bytes);
+      dot_tiles<E, 0, 4, 6>();
       if (right) {
-        PYMM_TILE_LOAD(7, b + 32, b_bytes);
-        PYMM_TILE_DOT_BF16(1, 4, 7);
+        load_tile<7>(b + 32, b_bytes);
+        dot_tiles<E, 1, 4, 7>();
       }
       if (below) {
-        PYMM_TILE_LOAD(5, a + 16 * lda, a_bytes);
-        PYMM_TILE_DOT_BF16(2, 5, 6);
-        if (right) PYMM_TILE_DOT_BF16(3, 5, 7);
+        load_tile<5>(a + 16 * lda, a_bytes);
+        dot_tiles<E, 2, 5, 6>();
+        if (right) dot_tiles<E, 3, 5, 7>();
       }
     }
-    PYMM_TILE_STORE(0, c, c_bytes);
-    if (right) PYMM_TILE_STORE(1, c_right, c_bytes);
-    if (below) PYMM_TILE_STORE(2, c_below, c_bytes);
-    if (below && right) PYMM_TILE_STORE(3, c_last, c_bytes);
+    store_tile<0>(c, c_bytes);
+    if (right) store_tile<1>(c_right, c_bytes);
+    if (below) store_tile<2>(c_below, c_bytes);
+    if (below && right) store_tile<3>(c_last, c_bytes);
   }
 };
 template <class T>
@@ -154,7 +169,11 @@ struct ChosenTile {
 };
 template <>
 struct ChosenTile<bf16> {
-  using type = AmxTile;
+  using type = AmxTile<bf16>;
+};
+template <>
+struct ChosenTile<tiled_f16> {
+  using type = AmxTile<f16>;
 };
 template <class T>
 using Tile = typename ChosenTile<T>::type;
@@ -187,13 +206,13 @@ inline void multiply(int64_t m, int64_t n, Depth&& depth, const typename TileOf<
 }
 
 // Packing, from rows of the input type T whose elements are dense, into the element type E of the tile. A unit is one
-// number, or a pair of bfloat16; a vuint holds kLanes units. Everything outside the source becomes zero.
+// number, or a pair of 16 bits each; a vuint holds kLanes units. Everything outside the source becomes zero.
 
-// Units along a row: kLanes numbers widened, or kLanes pairs of bfloat16.
+// Units along a row: kLanes numbers widened, or kLanes pairs.
 template <class T, class E>
 inline vuint units_along(const T* p, int64_t count) {
   if (count <= 0) return vuint{};
-  if constexpr (__is_same(E, bf16)) {
+  if constexpr (sizeof(E) == 2) {
     vuint line{};
     if (count >= 2 * kLanes) {
       memcpy(&line, p, sizeof(line));
@@ -210,12 +229,13 @@ inline vuint units_along(const T* p, int64_t count) {
 template <class T, class E>
 inline vuint units_across(const T* p, int64_t stride, int64_t rows, int64_t count) {
   if (count <= 0 || rows <= 0) return vuint{};
-  const vuint upper = bit_cast<vuint>(load_some(p, count));
-  if constexpr (__is_same(E, bf16)) {
-    const vuint lower = rows > 1 ? bit_cast<vuint>(load_some(p + stride, count)) : vuint{};
+  if constexpr (sizeof(E) == 2) {
+    const auto* halves = reinterpret_cast<const bf16*>(p);  // to the upper half of a float, bit for bit
+    const vuint upper = bit_cast<vuint>(load_some(halves, count));
+    const vuint lower = rows > 1 ? bit_cast<vuint>(load_some(halves + stride, count)) : vuint{};
     return (upper >> 16) | lower;
   } else {
-    return upper;
+    return bit_cast<vuint>(load_some(p, count));
   }
 }
 
@@ -270,7 +290,7 @@ template <class T>
 inline void pack_units(const T* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded,
                        typename TileOf<T>::Element* target, int64_t width) {
   using E = typename TileOf<T>::Element;
-  if constexpr (__is_same(E, bf16)) {
+  if constexpr (sizeof(E) == 2) {
     for (int64_t i = 0; i < padded; i += 2, target += 2 * width) {
       for (int64_t j = 0; j < width; j += kLanes) {
         const vuint line = units_across<T, E>(source + i * stride + j, stride, rows - i, min_of(columns - j, kLanes));
