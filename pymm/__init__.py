@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymm.interop.accelerate import accelerate, restore
     from pymm.interop.checkpoint import load
     from pymm.models import create_model, list_models
 
@@ -13,9 +14,11 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `import pymm` is light.
 _LAZY = {
+    "accelerate": "pymm.interop.accelerate",
     "create_model": "pymm.models",
     "list_models": "pymm.models",
     "load": "pymm.interop.checkpoint",
+    "restore": "pymm.interop.accelerate",
 }
 
 
@@ -29,4 +32,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
-__all__ = ["__version__", "create_model", "list_models", "load"]
+__all__ = ["__version__", "accelerate", "create_model", "list_models", "load", "restore"]
