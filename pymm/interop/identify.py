@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pymm.interop.key_maps import OPENAI_FACTS
 from pymm.interop.load import Match, match
-from pymm.layers import AttentionPool2d, PatchEmbed
-from pymm.models import CLIP, create_model, describe, list_models
+from pymm.layers import AttentionPool2d, PatchEmbed, RelativePositionBias
+from pymm.models import CLIP, BEiT, create_model, describe, list_models
 from pymm.ops._checks import fail
 
 # Rows are looked at whose parameters are as many as the checkpoint's within this factor; another head and
@@ -93,7 +93,7 @@ _OPTIONAL = ("head.", "logit_")
 
 def _may_differ(name: str) -> bool:
     """Whether a tensor of another shape is another number of classes, or another resolution."""
-    return name.startswith("head.") or name.endswith("position")
+    return name.startswith("head.") or name.endswith(("position", ".table"))
 
 
 def _other_shapes(model: nn.Module, found: Match) -> list[str]:
@@ -117,7 +117,7 @@ def _sized(arch: str, model: nn.Module, found: Match) -> Found:
         value = found.values[name]
         if name == "head.weight" and value.ndim == 2 and value.shape[1] == targets[name].shape[1]:
             classes = value.shape[0]
-        elif name.endswith("position") and value.ndim == 2:
+        elif name.endswith(("position", ".table")) and value.ndim == 2:
             side = _side(model, name, value.shape[0]) or side
     if found.values and "head.weight" in found.missing:
         classes = 0
@@ -131,6 +131,9 @@ def _side(model: nn.Module, name: str, rows: int) -> int | None:
         n, pixels = rows - owner.position_prefix, owner.patch_size
     elif isinstance(owner, AttentionPool2d):
         n, pixels = rows - 1, 32
+    elif isinstance(owner, RelativePositionBias) and isinstance(model, BEiT):
+        side = math.isqrt(max(rows - 3, 0))  # 2g - 1 relative rows for g
+        n, pixels = ((side + 1) // 2) ** 2 if side % 2 else 0, model.embed.patch_size
     else:
         return None
     return math.isqrt(n) * pixels if n > 0 and math.isqrt(n) ** 2 == n else None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pymm.interop import bert_maps, mae_maps, transformers_maps, vit_maps
+from pymm.interop import beit_maps, bert_maps, mae_maps, transformers_maps, vit_maps
 from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
 from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
@@ -146,6 +146,7 @@ KEY_MAPS = (
     ),
     *vit_maps.MAPS,
     *mae_maps.MAPS,
+    *beit_maps.MAPS,
     KeyMap(("transformers",), VisionTransformer, transformers_maps.VIT_RULES),
     KeyMap(
         ("transformers",),

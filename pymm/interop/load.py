@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from pymm.interop.key_maps import KEY_MAPS, OPENAI_FACTS, own
 from pymm.interop.rules import KeyMap, Rule
-from pymm.layers import AttentionPool2d, Linear, PatchEmbed, resample_position
+from pymm.layers import (
+    AttentionPool2d,
+    Linear,
+    PatchEmbed,
+    RelativePositionBias,
+    resample_position,
+    resample_relative_position,
+)
 from pymm.models.clip import CLIP
 from pymm.ops._checks import fail, shape
 
@@ -166,6 +173,8 @@ def _resampled(model: nn.Module, name: str, value: Tensor) -> Tensor | None:
     """Positions on the model's grid, or None where they are no positions of a square grid."""
     path, _, parameter = name.rpartition(".")
     module = model.get_submodule(path)
+    if isinstance(module, RelativePositionBias):
+        return _resampled_table(module, value)
     if parameter != "position" or not isinstance(module, (PatchEmbed, AttentionPool2d)):
         return None
     prefix = module.position_prefix if isinstance(module, PatchEmbed) else 1
@@ -176,6 +185,16 @@ def _resampled(model: nn.Module, name: str, value: Tensor) -> Tensor | None:
         return None
     with torch.no_grad():
         return resample_position(value, (side, side), prefix=prefix)
+
+
+def _resampled_table(module: RelativePositionBias, value: Tensor) -> Tensor | None:
+    """A table of another square grid on the module's, which is square too."""
+    wanted = module.table.shape
+    side, old = round((wanted[0] - 3) ** 0.5), round(max(value.shape[0] - 3, 0) ** 0.5)
+    if value.ndim != 2 or value.shape[1] != wanted[1] or old * old != value.shape[0] - 3 or old % 2 == 0:
+        return None
+    with torch.no_grad():
+        return resample_relative_position(value, ((side + 1) // 2, (side + 1) // 2))
 
 
 def _some(tensors: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,12 @@ from pymm.layers.patch_embed import PatchEmbed
 from pymm.layers.pixels import Normalize, from_patches, to_patches
 from pymm.layers.pool import AttentionPool2d, ClassToken, MeanMap, MeanToken
 from pymm.layers.position import resample_position, sincos_position
+from pymm.layers.qkv import QKV
+from pymm.layers.relative_position import (
+    RelativePositionBias,
+    relative_position_index,
+    resample_relative_position,
+)
 from pymm.layers.residual import (
     BasicBlock,
     Bottleneck,
@@ -20,6 +26,7 @@ from pymm.layers.token_embed import TokenEmbed
 
 __all__ = [
     "MLP",
+    "QKV",
     "Attention",
     "AttentionPool2d",
     "BasicBlock",
@@ -32,13 +39,16 @@ __all__ = [
     "MeanToken",
     "Normalize",
     "PatchEmbed",
+    "RelativePositionBias",
     "TokenEmbed",
     "antialiased_bottleneck",
     "basic_block",
     "bottleneck",
     "checkpointed",
     "from_patches",
+    "relative_position_index",
     "resample_position",
+    "resample_relative_position",
     "sincos_position",
     "to_patches",
     "transformer_blocks",

@@ -17,17 +17,18 @@ class Attention(nn.Module):
     Args:
         width: of the input and the result, C.
         heads: H, a divisor of `width`.
+        qkv: the projection `(..., C)` -> `(..., 3C)`; a linear layer with a bias when None.
 
     Raises:
         ValueError: when `heads` does not divide `width`.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qkv: nn.Module | None = None) -> None:
         super().__init__()
         if width % heads:
             fail("Attention", "heads", f"a divisor of the width {width}", heads)
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width) if qkv is None else qkv
         self.proj = Linear(width, width)
 
     def forward(

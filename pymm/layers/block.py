@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,24 +116,32 @@ class Blocks(nn.ModuleList):
         self,
         x: Tensor,
         *,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | Sequence[Tensor] | None = None,
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
         intermediates: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """`x (B, T, C)` -> `(B, T, C)`; `intermediates` receives the result of block i as `"blocks.i"`."""
+        """`x (B, T, C)` -> `(B, T, C)`.
+
+        Args:
+            x: `(B, T, C)`.
+            attn_mask: of all blocks, or a sequence of one for each.
+            key_padding_mask, is_causal: as `pymm.layers.Attention` takes them.
+            intermediates: receives the result of block i as `"blocks.i"`.
+        """
         for i, block in enumerate(self):
+            mask = attn_mask if attn_mask is None or isinstance(attn_mask, Tensor) else attn_mask[i]
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
                     block,
                     x,
                     use_reentrant=False,
-                    attn_mask=attn_mask,
+                    attn_mask=mask,
                     key_padding_mask=key_padding_mask,
                     is_causal=is_causal,
                 )
             else:
-                x = block(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal)
+                x = block(x, attn_mask=mask, key_padding_mask=key_padding_mask, is_causal=is_causal)
             if intermediates is not None:
                 intermediates[f"blocks.{i}"] = x
         return x
@@ -147,11 +157,15 @@ def transformer_blocks(
     eps: float = 1e-6,
     layer_scale: float | None = None,
     drop_path: float = 0.0,
+    qkv: Callable[[int], nn.Module] | None = None,
 ) -> Blocks:
-    """`depth` pre-norm blocks; `drop_path` rises evenly from 0 in the first to its value in the last."""
+    """`depth` pre-norm blocks; `drop_path` rises evenly from 0 in the first to its value in the last.
+
+    `qkv` makes attention's first projection from the width where it is not to be a linear layer.
+    """
     blocks = Blocks(
         Block(
-            Attention(width, heads),
+            Attention(width, heads, None if qkv is None else qkv(width)),
             MLP(width, mlp_width, activation),
             nn.LayerNorm(width, eps),
             nn.LayerNorm(width, eps),

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from pymm.models import clip, clip_rows, convnet, lenet, mae, resnet, vit, vit_rows
+from pymm.models import beit, clip, clip_rows, convnet, lenet, mae, resnet, vit, vit_rows
+from pymm.models.beit import BEiT, BEiTSpec
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
 from pymm.models.lenet import LeNetSpec
@@ -23,11 +24,12 @@ from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
 
-Spec = CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | ResNetSpec | ViTSpec
+Spec = BEiTSpec | CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | ResNetSpec | ViTSpec
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
     vit_rows.ROWS,
     mae.ROWS,
+    beit.ROWS,
     resnet.ROWS,
     convnet.ROWS,
     lenet.ROWS,
@@ -35,6 +37,7 @@ _TABLES: tuple[tuple[Spec, ...], ...] = (
 )
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
 _BUILD: dict[type, Any] = {
+    BEiTSpec: beit.build,
     CLIPSpec: clip.build,
     ConvNetSpec: convnet.build,
     LeNetSpec: lenet.build,
@@ -108,6 +111,8 @@ def _resized(row: Spec, image_size: int) -> dict[str, Any]:
 __all__ = [
     "CLIP",
     "MAE",
+    "BEiT",
+    "BEiTSpec",
     "CLIPSpec",
     "ConvNet",
     "ConvNetSpec",

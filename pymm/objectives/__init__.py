@@ -1,6 +1,6 @@
 """Objectives: what a model's outputs are asked for, apart from the model."""
 
 from pymm.objectives.contrastive import ContrastiveObjective
-from pymm.objectives.masked import MaskedPixels
+from pymm.objectives.masked import MaskedPixels, MaskedTokens
 
-__all__ = ["ContrastiveObjective", "MaskedPixels"]
+__all__ = ["ContrastiveObjective", "MaskedPixels", "MaskedTokens"]

@@ -49,7 +49,10 @@ def compare(ours: nn.Module, donor: nn.Module, run: Callable[[nn.Module], tuple[
     report = load_state(ours, state)
     assert report.complete, report
     key_map = next(m for m in KEY_MAPS if m.donor == report.donor and isinstance(ours, m.model))
-    if next(m for m in KEY_MAPS if key_map.donors[0] in m.donors and m.fits(ours)) is key_map:
+    written = (
+        m for m in KEY_MAPS if isinstance(ours, m.model) and key_map.donors[0] in m.donors and m.fits(ours)
+    )
+    if next(written) is key_map:
         check_way_back(ours, key_map.donors[0], {k: v for k, v in state.items() if not key_map.ignores(k)})
     outputs, truths = run(ours), run(donor)
     for i, (output, truth) in enumerate(zip(outputs, truths, strict=True)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pymm.data import random_mask
-from pymm.objectives import MaskedPixels
+from pymm.objectives import MaskedPixels, MaskedTokens
 
 
 def test_masked_pixels() -> None:
@@ -60,3 +60,17 @@ def test_half_precision_is_compared_in_float32() -> None:
 def test_errors(predicted: torch.Tensor, mask: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"MaskedPixels: {message}"):
         MaskedPixels()(predicted, torch.zeros(2, 3, 8, 8), mask)
+
+
+def test_masked_tokens() -> None:
+    objective = MaskedTokens(12, 20)
+    features, tokens = torch.randn(2, 7, 12), torch.randint(20, (2, 6))
+    mask = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 1, 0, 1, 0, 1]]).bool()
+    losses, right = objective(features, tokens, mask)
+    for b in range(2):
+        log = objective.head(features[b, 1:]).log_softmax(1)
+        hidden = mask[b].nonzero()[:, 0]
+        torch.testing.assert_close(losses[b], -log[hidden, tokens[b, hidden]].mean())
+        assert right[b] == (log[hidden].argmax(1) == tokens[b, hidden]).float().mean()
+    with pytest.raises(ValueError, match=r"MaskedTokens: tokens must be \(2, 6\), got \(2, 5\)"):
+        objective(features, tokens[:, :5], mask)
