@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pymm.models import resnet, text, vit
-from pymm.models.resnet import ResNet, ResNetTower, SmallResNetTower
+from pymm.models import bert, resnet, text, vit
+from pymm.models.bert import Bert, BertSpec
+from pymm.models.resnet import ResNet, ResNetSpec, ResNetTower, SmallResNetTower
 from pymm.models.text import TextTower, TextTransformer
-from pymm.models.vit import VisionTransformer, ViTTower
+from pymm.models.vit import VisionTransformer, ViTSpec, ViTTower
 from pymm.ops._checks import fail
 from pymm.ops.linear import Activation
 
@@ -36,7 +37,7 @@ class CLIP(nn.Module):
     def __init__(
         self,
         visual: VisionTransformer | ResNet,
-        text: TextTransformer,
+        text: TextTransformer | Bert,
         *,
         logit_scale: float = math.log(1 / 0.07),
         logit_bias: float | None = None,
@@ -107,7 +108,8 @@ class CLIP(nn.Module):
         """Embed token ids.
 
         Args:
-            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size), the end token the highest.
+            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size), padded with zeros; for CLIP's
+                own text tower the end token is the highest.
             normalize: scale the rows to length 1.
             intermediates: receives what the tower names, behind `"text."`.
 
@@ -153,13 +155,20 @@ def _encode(
     return features
 
 
+ImageTower = ViTTower | ResNetTower | SmallResNetTower | ViTSpec | ResNetSpec
+
+
 @dataclass(frozen=True)
 class CLIPSpec:
-    """A row: sizes, and where they are written. `parameters` counts those of the row as it stands."""
+    """A row: sizes, and where they are written. `parameters` counts those of the row as it stands.
+
+    A tower is CLIP's own, or a model of its own with a linear head: a ViT or ResNet as it classifies images,
+    whose classifier is the projection, and a BERT. `activation` is for CLIP's own towers.
+    """
 
     name: str
-    image: ViTTower | ResNetTower | SmallResNetTower
-    text: TextTower
+    image: ImageTower
+    text: TextTower | BertSpec
     embed: int
     activation: Activation
     parameters: int
@@ -183,11 +192,17 @@ def build(spec: CLIPSpec) -> CLIP:
         visual = vit.build_tower(spec.image, spec.embed, spec.activation, spec.mean, spec.std)
     elif isinstance(spec.image, SmallResNetTower):
         visual = resnet.build_small_tower(spec.image, spec.embed, spec.mean, spec.std)
-    else:
+    elif isinstance(spec.image, ResNetTower):
         visual = resnet.build_tower(spec.image, spec.embed, spec.mean, spec.std)
+    elif isinstance(spec.image, ViTSpec):
+        visual = vit.build(replace(spec.image, num_classes=spec.embed, mean=spec.mean, std=spec.std))
+    else:
+        visual = resnet.build(replace(spec.image, num_classes=spec.embed, mean=spec.mean, std=spec.std))
     return CLIP(
         visual,
-        text.build_tower(spec.text, spec.embed, spec.activation),
+        bert.build(spec.text, spec.embed)
+        if isinstance(spec.text, BertSpec)
+        else text.build_tower(spec.text, spec.embed, spec.activation),
         logit_scale=spec.logit_scale,
         logit_bias=spec.logit_bias,
     )

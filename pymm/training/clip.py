@@ -23,6 +23,7 @@ from pymm.training.parts import build_loader, build_model, evaluate, save_new_to
 from pymm.training.rundir import checkpoints_of
 from pymm.training.runs import begin_run, load_weights
 from pymm.training.settings import ClipSettings
+from pymm.training.towers import begin_towers
 
 
 def train_clip(
@@ -53,6 +54,13 @@ def train_clip(
                 "settings: model.name must be a model with a logit bias (pymm list '*_sigmoid') for the "
                 f"sigmoid objective, got {settings.model.name!r}"
             )
+        frozen = begin_towers(model, settings.model)
+        if world.is_main and frozen:
+            print(frozen, flush=True)
+        if settings.objective.kind == "triplet":  # it has no temperature
+            model.logit_scale.requires_grad_(False)
+        if settings.objective.kind != "sigmoid" and model.logit_bias is not None:
+            model.logit_bias.requires_grad_(False)
         if world.is_main and not list_checkpoints(checkpoints_of(directory)):
             save_new_tokenizer(settings, model)
         distributed.barrier()

@@ -27,7 +27,7 @@ from pymm.data.samples import SampleReader, Select
 from pymm.data.tokenizer import FILE as TOKENIZER
 from pymm.data.tokenizer import clean
 from pymm.evaluation import evaluate_clip
-from pymm.models import CLIP, create_model
+from pymm.models import CLIP, TextTransformer, create_model
 from pymm.training.distributed import World
 from pymm.training.errors import SettingsError
 from pymm.training.files import write_atomically
@@ -121,10 +121,17 @@ def save_new_tokenizer(settings: ClipSettings, model: CLIP) -> None:
     if data.tokenizer == "train":
         size = model.vocab_size if data.vocab_size is None else data.vocab_size
         tokenizer = Tokenizer.train(_texts(data), size, length)
+    elif Path(data.tokenizer).name == "vocab.txt":
+        tokenizer = Tokenizer.from_bert(data.tokenizer, length)
     elif data.tokenizer.endswith((".txt", ".gz")):
         tokenizer = Tokenizer.from_clip(data.tokenizer, length)
     else:
         tokenizer = Tokenizer(Tokenizer.load(data.tokenizer).bpe, length)
+    if isinstance(model.text, TextTransformer) and not tokenizer.end_is_last:
+        raise SettingsError(
+            "settings: data.tokenizer must be of CLIP's kind, whose end token comes last, for the model "
+            f"{settings.model.name!r}, got one of BERT's kind"
+        )
     if tokenizer.vocab_size > model.vocab_size:
         raise SettingsError(
             f"settings: data.tokenizer must have at most the model's {model.vocab_size} tokens, "

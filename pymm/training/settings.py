@@ -43,6 +43,20 @@ class ModelSettings(Section):
     """A name that `pymm list` knows."""
     image_size: int | None = None
     """Pixels per side; by default the model's own."""
+    image_init: str | None = None
+    """A run's directory or a checkpoint, of pymm or another library, that the image tower begins with: of a
+    CLIP, or of the tower alone. A projection that is not in it is drawn anew."""
+    text_init: str | None = None
+    """Likewise for the text tower."""
+    freeze: tuple[Literal["image", "text"], ...] = ()
+    """Towers that keep what their init gave them (LiT: Zhai et al. 2022, arXiv:2111.07991)."""
+
+    def __post_init__(self) -> None:
+        for tower in self.freeze:
+            given = getattr(self, f"{tower}_init")
+            require(
+                given is not None, f"model.{tower}_init", f"given where model.freeze holds {tower}", given
+            )
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,8 @@ class DataSettings(BatchSettings):
     holdout_seed: int = 0
     """Another seed, other concepts."""
     tokenizer: str = "train"
-    """"train": byte pairs learned from the captions; else a tokenizer.json, its folder, or CLIP's bpe
-    file."""
+    """"train": byte pairs learned from the captions; else a tokenizer.json, its folder, CLIP's bpe file, or
+    BERT's vocab.txt."""
     vocab_size: int | None = None
     """Size of a learned vocabulary; at most, and by default, the model's."""
     context_length: int | None = None
@@ -82,14 +96,20 @@ class DataSettings(BatchSettings):
 class ObjectiveSettings(Section):
     """What is asked of the model."""
 
-    kind: Literal["infonce", "sigmoid"] = "infonce"
-    """CLIP's softmax loss or SigLIP's sigmoid loss."""
+    kind: Literal["infonce", "sigmoid", "triplet"] = "infonce"
+    """CLIP's softmax loss, SigLIP's sigmoid loss, or the hinge on mined triplets."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all candidates, in [0, 1]."""
     use_ids: bool = True
     """Pairs of one concept are each other's positives."""
+    margin: float = 0.2
+    """Of the triplets, between the cosines of a pair and of the negative."""
+    mining: Literal["hard", "semi-hard", "all"] = "semi-hard"
+    """Which triplets count: the hardest of each anchor, negatives just beyond the positive, or all whose
+    hinge is positive."""
 
     def __post_init__(self) -> None:
+        require(self.margin > 0, "objective.margin", "positive", self.margin)
         require(
             0 <= self.label_smoothing <= 1, "objective.label_smoothing", "in [0, 1]", self.label_smoothing
         )

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "objectives": {"ops", "layers", "models"},
     "interop": {"ops", "layers", "models"},
-    "training": {"ops", "layers", "models", "data", "objectives", "evaluation"},
+    "training": {"ops", "layers", "models", "data", "objectives", "evaluation", "interop"},
     "evaluation": {"ops", "layers", "models", "data", "objectives"},
     "benchmarks": {"ops", "layers", "models"},
 }

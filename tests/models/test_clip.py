@@ -12,16 +12,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pymm
 from pymm.models import CLIP, CLIPSpec, describe
+from pymm.models.bert import BertSpec
 from pymm.models.clip import build
 from pymm.models.resnet import ResNetTower
 from pymm.models.text import TextTower, trim
-from pymm.models.vit import ViTTower
+from pymm.models.vit import ViTSpec, ViTTower
 from pymm.ops import info_nce
 
 TEXT = TextTower(32, 2, 2, context_length=9, vocab_size=50)
 VIT = CLIPSpec("vit", ViTTower(24, 8, 32, 2, 2, 64), TEXT, 16, "gelu", 0, "test")
 RN = CLIPSpec("rn", ResNetTower(64, (1, 1, 1, 1), 8), TEXT, 16, "gelu", 0, "test")
+# An image model as it classifies, and a BERT with one segment, so that every parameter has a gradient.
+LOCKED = CLIPSpec(
+    "locked",
+    ViTSpec("vit", 8, 32, 2, 2, 64, 0, "test", image_size=24),
+    BertSpec("bert", 32, 2, 2, 64, 0, "test", pooling="class", vocab_size=50, context_length=9, types=1),
+    16,
+    "gelu",
+    0,
+    "test",
+)
 BOTH = pytest.mark.parametrize("row", [VIT, RN], ids=["vit", "resnet"])
+ALL = pytest.mark.parametrize("row", [VIT, RN, LOCKED], ids=["vit", "resnet", "locked"])
 
 
 def inputs(row: CLIPSpec, batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -38,7 +50,7 @@ def loss(outputs: tuple[Tensor, ...]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
 
-@BOTH
+@ALL
 def test_contract(row: CLIPSpec) -> None:
     model = build(row).eval()
     pixels, tokens = inputs(row)
@@ -69,7 +81,7 @@ def test_sigmoid_row() -> None:
     assert bias.item() == -10
 
 
-@BOTH
+@ALL
 def test_gradients_reach_every_parameter(row: CLIPSpec) -> None:
     model = build(row)
     for parameter in model.parameters():  # zeros at the start, such as the last scales, stop gradients
@@ -81,7 +93,7 @@ def test_gradients_reach_every_parameter(row: CLIPSpec) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-@BOTH
+@ALL
 def test_empty_batch(row: CLIPSpec) -> None:
     image, text, _ = build(row).eval()(*(t[:0] for t in inputs(row)))
     assert image.shape == text.shape == (0, 16)
@@ -110,7 +122,7 @@ def test_fake_tensors_pass() -> None:
     assert image.shape == text.shape == (4, 16)
 
 
-@BOTH
+@ALL
 def test_bytes_are_normalized_floats(row: CLIPSpec) -> None:
     model = build(row).eval()
     raw = torch.randint(0, 256, (2, 3, row.image_size, row.image_size), dtype=torch.uint8)
@@ -119,7 +131,7 @@ def test_bytes_are_normalized_floats(row: CLIPSpec) -> None:
     torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("raw", [True, False], ids=["bytes", "floats"])
 def test_low_precision(row: CLIPSpec, raw: bool) -> None:
     """bfloat16 weights and autocast stay near float32, forward and backward."""
@@ -142,7 +154,7 @@ def test_low_precision(row: CLIPSpec, raw: bool) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in low.parameters())
 
 
-@BOTH
+@ALL
 def test_checkpointing_changes_nothing(row: CLIPSpec) -> None:
     plain, batch = build(row), inputs(row)
     again = deepcopy(plain)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pymm.objectives import ContrastiveObjective
+from pymm.objectives.contrastive import Mining
 
 
 def features(n: int = 7, e: int = 5) -> tuple[Tensor, ...]:
@@ -47,6 +48,33 @@ def test_sigmoid_is_the_dense_formula(use_ids: bool) -> None:
     compare(loss, expected, outputs)
 
 
+@pytest.mark.parametrize("use_ids", [True, False])
+@pytest.mark.parametrize("mining", ["hard", "semi-hard", "all"])
+def test_triplet_is_the_hinge_over_mined_triplets(use_ids: bool, mining: Mining) -> None:
+    """By loops over anchors, positives and negatives, both ways."""
+    outputs = features()
+    objective = ContrastiveObjective("triplet", use_ids=use_ids, margin=0.5, mining=mining)
+    cosines = dense_logits(outputs) / outputs[2]
+    same = IDS[:, None] == IDS if use_ids else torch.eye(7, dtype=torch.bool)
+    hinges = []
+    for s in (cosines, cosines.T):
+        for a in range(7):
+            positives, negatives = s[a][same[a]], s[a][~same[a]]
+            if mining == "hard":
+                hinges.append((0.5 + negatives.max() - positives.min()).clamp_min(0))
+                continue
+            for p in positives:
+                z = 0.5 + negatives - p
+                if mining == "all":
+                    hinges += list(z[z > 0])
+                elif len(near := z[(z > 0) & (z < 0.5)]):
+                    hinges.append(near.max())
+    loss, expected = objective(outputs, IDS), torch.stack(hinges).mean()
+    compare(loss, expected, outputs[:2])
+    assert expected > 0
+    assert objective(outputs[:3], IDS) == loss
+
+
 def compare(loss: Tensor, expected: Tensor, leaves: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for got, wanted in zip(
@@ -65,9 +93,15 @@ def test_without_ids_a_pair_is_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ContrastiveObjective("cosine"), "kind must be 'infonce' or 'sigmoid', got 'cosine'"),
+        (
+            lambda: ContrastiveObjective("cosine"),
+            "kind must be one of infonce, sigmoid, triplet, got 'cosine'",
+        ),
         (lambda: ContrastiveObjective(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),
         (lambda: ContrastiveObjective("sigmoid", 0.1), "label_smoothing must be 0 for 'sigmoid'"),
+        (lambda: ContrastiveObjective("triplet", 0.1), "label_smoothing must be 0 for 'triplet'"),
+        (lambda: ContrastiveObjective("triplet", margin=0), "margin must be positive, got 0"),
+        (lambda: ContrastiveObjective(mining="easy"), "mining must be one of hard, semi-hard, all, got"),
         (lambda: ContrastiveObjective()(features()[:2]), "outputs must be"),
         (lambda: ContrastiveObjective("sigmoid")(features()[:3]), "outputs must hold a logit bias"),
         (lambda: ContrastiveObjective("sigmoid")(features(), IDS[:3]), r"ids must be \(7,\), got \(3,\)"),

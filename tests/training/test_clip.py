@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pymm.data import Tokenizer
+from pymm.models import CLIPSpec, bert, clip, describe, vit
 from pymm.training import (
     CheckpointError,
     ClipSettings,
@@ -35,6 +36,7 @@ from pymm.training import (
 from pymm.training.clip import load_run
 from pymm.training.log import read_log
 from pymm.training.parts import evaluate
+from pymm.training.towers import begin_towers
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
@@ -222,3 +224,101 @@ def test_loading_says_what_is_missing(run: tuple[ClipSettings, Any], tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["triplet", "sigmoid"])
+def test_other_objectives_train(shards: Path, tmp_path: Path, kind: str) -> None:
+    name = "clip_tiny_sigmoid" if kind == "sigmoid" else "clip_tiny"
+    given = settings(shards, tmp_path / kind, objective={"kind": kind}, model={"name": name})
+    result = train_clip(given)
+    assert result.status == "completed"
+    lines = [line for line in read_log(tmp_path / kind / "log.jsonl") if "loss" in line]
+    assert ("logit_scale" in lines[0]) == (kind == "sigmoid")
+    if kind == "triplet":  # cosines alone: the temperature is not asked, and stays
+        scale = load_run(tmp_path / kind).model.logit_scale
+        assert scale.item() == pytest.approx(np.log(1 / 0.07))
+
+
+def test_frozen_towers_keep_their_weights(
+    shards: Path, tmp_path: Path, run: tuple[ClipSettings, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LiT: an image tower of another run stays as it is; a new projection for it is trained."""
+    begun = {"image_init": run[0].run.out, "freeze": ("image",)}
+    lines = {}
+    for name in ("clip_tiny", "clip_tiny_bert"):
+        given = settings(shards, tmp_path / name, model={"name": name, **begun})
+        train_clip(given)
+        lines[name] = capsys.readouterr().out
+        before = load_run(run[0].run.out).model.visual.state_dict()
+        after = load_run(tmp_path / name).model.visual.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        frozen = {f"visual.{key}" for key in before}
+        kept = load_file(max((tmp_path / name / "checkpoints").iterdir()) / "optimizer.safetensors")
+        assert not any(key in named for key in frozen for named in kept)
+    assert "835,328 parameters frozen" in lines["clip_tiny"]
+    text = {"name": "clip_tiny", "text_init": run[0].run.out, "freeze": ("text",)}
+    given = settings(shards, tmp_path / "text", model=text)
+    train_clip(given)
+    before, after = load_run(run[0].run.out).model, load_run(tmp_path / "text").model
+    assert torch.equal(before.text.embed.weight, after.text.embed.weight)
+    assert not torch.equal(before.visual.embed.weight, after.visual.embed.weight)
+
+
+def test_a_tower_alone_brings_no_projection(tmp_path: Path) -> None:
+    """A BERT and a ViT that classifies: their heads stay new and are trained."""
+    torch.manual_seed(5)
+    spec = describe("clip_lit_vit_base_patch16")
+    assert isinstance(spec, CLIPSpec)
+    small = replace(
+        spec,
+        image=replace(spec.image, width=32, depth=1, heads=2, mlp_width=64, image_size=32),
+        text=replace(spec.text, width=32, depth=1, heads=2, mlp_width=64, vocab_size=50),
+        embed=24,
+    )
+    save_file(vit.build(replace(small.image, num_classes=10)).state_dict(), tmp_path / "vit.safetensors")
+    save_file(bert.build(small.text).state_dict(), tmp_path / "bert.safetensors")
+    model = clip.build(small)
+    told = begin_towers(
+        model,
+        ModelSettings(
+            "x",
+            image_init=str(tmp_path / "vit.safetensors"),
+            text_init=str(tmp_path / "bert.safetensors"),
+            freeze=("image", "text"),
+        ),
+    )
+    assert told.count("tensors from") == 2
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"visual.head.weight", "visual.head.bias", "text.head.weight", "logit_scale"}
+    torch.manual_seed(5)
+    assert torch.equal(
+        model.visual.blocks[0].attn.qkv.weight,
+        vit.build(replace(small.image, num_classes=10)).blocks[0].attn.qkv.weight,
+    )
+    with pytest.raises(SettingsError, match=r"model.text_init must be a checkpoint with all of the tower"):
+        begin_towers(model, ModelSettings("x", text_init=str(tmp_path / "vit.safetensors")))
+    broken = bert.build(small.text).state_dict()
+    broken["types"][0, 0] = float("nan")
+    save_file(broken, tmp_path / "nan.safetensors")
+    with pytest.raises(SettingsError, match=r"model.text_init must hold finite weights"):
+        begin_towers(model, ModelSettings("x", text_init=str(tmp_path / "nan.safetensors")))
+
+
+def test_a_tower_without_an_init_is_not_frozen() -> None:
+    with pytest.raises(SettingsError, match=r"model.image_init must be given where model.freeze holds image"):
+        ModelSettings(freeze=("image",))
+
+
+def test_clips_own_text_tower_needs_its_own_tokenizer(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "thing"]))
+    given = settings(shards, tmp_path / "run", data={"tokenizer": str(tmp_path / "vocab.txt")})
+    with pytest.raises(SettingsError, match=r"data.tokenizer must be of CLIP's kind"):
+        train_clip(given)
+    bert_text = settings(
+        shards,
+        tmp_path / "bert",
+        model={"name": "clip_tiny_bert"},
+        data={"tokenizer": str(tmp_path / "vocab.txt")},
+    )
+    assert train_clip(bert_text).status == "completed"
+    assert load_run(tmp_path / "bert").tokenizer.start == 2
