@@ -40,6 +40,8 @@ class EvalSettings:
     """CPU threads; by default the run's."""
     out: str | None = None
     """A JSON file for the scores."""
+    picture: str | None = None
+    """A PNG of the answers: a classifier's confusion. Needs pymm[plot]."""
 
 
 def evaluate(settings: EvalSettings) -> int:
@@ -54,9 +56,12 @@ def evaluate(settings: EvalSettings) -> int:
     device = torch.device(settings.device)
     with reproducible(device, settings.threads or run.settings.run.threads):
         run.model.to(device)
-        scores = replace(run, settings=replace(run.settings, evaluation=asked)).evaluate()
+        run = replace(run, settings=replace(run.settings, evaluation=asked))
+        scores = run.evaluate()
+        if settings.picture is not None:
+            run.draw(Path(settings.picture))
     table = run.table(scores)
-    table.title = f"{run.weights} on {', '.join(getattr(asked, 'source', ())) or 'its own data'}"
+    table.title = f"{run.weights} on {', '.join(getattr(asked, 'source', ())) or 'the test part of its data'}"
     Console().print(table)
     if settings.out is not None:
         write_atomically(Path(settings.out), (json.dumps(scores, indent=2) + "\n").encode())

@@ -1,5 +1,7 @@
 """Images and captions: WebDataset shards, the emoji pack, synthetic scenes, transforms and tokenizers."""
 
+from pymm.data.classification import LabelledBatch, PictureLoader
+from pymm.data.classification_sources import Pictures, read_pictures
 from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
 from pymm.data.loader import Batch, ImageTextLoader
 from pymm.data.masking import block_mask, random_mask
@@ -19,7 +21,10 @@ __all__ = [
     "DetectionBatch",
     "EvalTransform",
     "ImageTextLoader",
+    "LabelledBatch",
     "Limits",
+    "PictureLoader",
+    "Pictures",
     "Report",
     "Scene",
     "SceneDetection",
@@ -35,5 +40,6 @@ __all__ = [
     "emoji_shards",
     "list_shards",
     "random_mask",
+    "read_pictures",
     "unseen_concepts",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from pymm.data._errors import fail
 from pymm.data.images import BadImage, decode_image
@@ -19,6 +20,9 @@ from pymm.data.samples import Limits
 from pymm.data.transforms import Transform, premultiplied
 
 Row = TypeVar("Row")
+Plan = TypeVar("Plan")
+# (what stands for an image, the largest number of pixels) -> the image; raises BadImage.
+Decode = Callable[[Any, int], Image.Image]
 
 
 class Decoded(NamedTuple):
@@ -39,18 +43,21 @@ class StreamDecoder(Dataset[Decoded]):
         transform: makes the pixels.
         max_pixels: see `Limits`.
         refill: repeat good images of the batch where others do not decode, so that its size stays.
+        decode: makes an image of what the jobs hold.
     """
 
-    def __init__(self, transform: Transform, max_pixels: int, refill: bool) -> None:
-        self.transform, self.max_pixels, self.refill = transform, max_pixels, refill
+    def __init__(
+        self, transform: Transform, max_pixels: int, refill: bool, decode: Decode = decode_image
+    ) -> None:
+        self.transform, self.max_pixels, self.refill, self.decode = transform, max_pixels, refill, decode
 
-    def __getitem__(self, job: tuple[list[tuple[bytes, str]], int]) -> Decoded:
+    def __getitem__(self, job: tuple[list[tuple[Any, str]], int]) -> Decoded:
         encoded, seed = job
         images: dict[int, Image.Image] = {}
         failures = []
         for i, (data, where) in enumerate(encoded):
             try:
-                images[i] = decode_image(data, self.max_pixels)
+                images[i] = self.decode(data, self.max_pixels)
             except BadImage as error:
                 failures.append((str(error), where))
         if not images:
@@ -95,9 +102,15 @@ class DecodedCache(Generic[Row]):
 
     @classmethod
     def read(
-        cls, samples: Iterable[tuple[Row, bytes, str]], transform: Transform, limits: Limits, report: Report
+        cls,
+        samples: Iterable[tuple[Row, Any, str]],
+        transform: Transform,
+        limits: Limits,
+        report: Report,
+        decode: Decode = decode_image,
+        asker: str = "ImageTextLoader",
     ) -> DecodedCache[Row]:
-        """Decode triples of row, encoded image and place.
+        """Decode triples of row, encoded image and place; errors begin with `asker`.
 
         Raises:
             ValueError: when the images take more than `limits.cache_bytes`.
@@ -107,7 +120,7 @@ class DecodedCache(Generic[Row]):
         taken = 0
         for row, data, where in samples:
             try:
-                image = decode_image(data, limits.max_pixels)
+                image = decode(data, limits.max_pixels)
             except BadImage as error:
                 report.skip(str(error), where)
                 continue
@@ -115,7 +128,7 @@ class DecodedCache(Generic[Row]):
             taken += array.nbytes
             if taken > limits.cache_bytes:
                 fail(
-                    "ImageTextLoader",
+                    asker,
                     "source",
                     f'at most {limits.cache_bytes} bytes decoded for cache="decoded" (limits.cache_bytes)',
                     f"more at its image number {len(rows) + 1}",
@@ -128,6 +141,43 @@ class DecodedCache(Generic[Row]):
 
     def decoder(self, transform: Transform) -> CacheDecoder:
         return CacheDecoder(transform, self.images)
+
+
+def decoded_in_order(
+    decoder: Dataset[Decoded], jobs: Callable[[], Iterator[tuple[Plan, Any]]], workers: int
+) -> Iterator[tuple[Plan, Decoded]]:
+    """Decode jobs in order, each given with its plan, which waits here while the images are with a worker.
+
+    Args:
+        decoder: takes a job, gives the pixels.
+        jobs: pairs of plan and job.
+        workers: processes; 0 decodes in this one.
+    """
+    if workers == 0:
+        for plan, job in jobs():
+            yield plan, decoder[job]
+        return
+    waiting: deque[Plan] = deque()
+
+    def sampled() -> Iterator[Any]:
+        for plan, job in jobs():
+            waiting.append(plan)
+            yield job
+
+    # A generator of its own: drawing the workers' seeds must not move the program's random state.
+    loader: DataLoader[Decoded] = DataLoader(
+        decoder, batch_size=None, sampler=_Jobs(sampled), num_workers=workers, generator=torch.Generator()
+    )
+    for decoded in loader:
+        yield waiting.popleft(), decoded
+
+
+class _Jobs:
+    def __init__(self, jobs: Callable[[], Iterator[Any]]) -> None:
+        self.jobs = jobs
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.jobs()
 
 
 def _stack(arrays: list[np.ndarray[Any, Any]]) -> Tensor:

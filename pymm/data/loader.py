@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from webdataset import shuffle as buffer_shuffle
 
 from pymm.data._errors import fail
 from pymm.data.captions import Captions, Texts
-from pymm.data.decoding import Decoded, DecodedCache, StreamDecoder
+from pymm.data.decoding import Decoded, DecodedCache, StreamDecoder, decoded_in_order
 from pymm.data.report import Report, logger
 from pymm.data.samples import Candidate, Limits, SampleReader, Select, stable_hash
 from pymm.data.shards import list_shards
@@ -285,34 +284,17 @@ class ImageTextLoader:
     # From plans to batches
 
     def _decode(self, plans: Iterator[_Plan], epoch: int) -> Iterator[tuple[_Plan, Decoded]]:
-        """Decode in order. Plans wait here while their images are with a worker."""
-        waiting: deque[_Plan] = deque()
-
-        def jobs() -> Iterator[tuple[Any, int]]:
+        def jobs() -> Iterator[tuple[_Plan, Any]]:
             for plan in plans:
-                waiting.append(plan)
-                yield plan.images, stable_hash(self.seed, "augment", epoch, plan.step, self.rank)
+                seed = stable_hash(self.seed, "augment", epoch, plan.step, self.rank)
+                yield plan, (plan.images, seed)
 
         decoder: Dataset[Decoded]
         if self._cached:
             decoder = self._load().decoder(self.transform)
         else:
             decoder = StreamDecoder(self.transform, self.limits.max_pixels, refill=self.drop_last)
-        if self.workers == 0:
-            for job in jobs():
-                decoded = decoder[job]
-                yield waiting.popleft(), decoded
-            return
-        # A generator of its own: drawing the workers' seeds must not move the program's random state.
-        loader: DataLoader[Decoded] = DataLoader(
-            decoder,
-            batch_size=None,
-            sampler=_Jobs(jobs),
-            num_workers=self.workers,
-            generator=torch.Generator(),
-        )
-        for decoded in loader:
-            yield waiting.popleft(), decoded
+        return decoded_in_order(decoder, jobs, self.workers)
 
     def _batch(self, plan: _Plan, decoded: Decoded, epoch: int) -> Batch:
         assert decoded.pixels is not None
@@ -364,14 +346,6 @@ class ImageTextLoader:
             logger.warning(
                 "skipped: %s (%s); further ones are counted in report", reason, report.examples[reason]
             )
-
-
-class _Jobs:
-    def __init__(self, jobs: Callable[[], Iterator[tuple[Any, int]]]) -> None:
-        self.jobs = jobs
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        return self.jobs()
 
 
 def _stream_plan(step: int, rows: list[Candidate]) -> _Plan:

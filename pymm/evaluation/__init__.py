@@ -1,5 +1,15 @@
-"""Zero-shot classification and retrieval."""
+"""Classification, zero-shot classification and retrieval."""
 
+from pymm.evaluation.classification import (
+    classification_scores,
+    confusion_matrix,
+    evaluate_classifier,
+    extract_features,
+    knn_scores,
+    logistic_scores,
+    predict,
+    ridge_scores,
+)
 from pymm.evaluation.clip import evaluate_clip
 from pymm.evaluation.encoding import class_embeddings, encode_images, encode_texts
 from pymm.evaluation.retrieval import ranks, recalls, retrieval
@@ -7,11 +17,19 @@ from pymm.evaluation.zero_shot import zero_shot
 
 __all__ = [
     "class_embeddings",
+    "classification_scores",
+    "confusion_matrix",
     "encode_images",
     "encode_texts",
+    "evaluate_classifier",
     "evaluate_clip",
+    "extract_features",
+    "knn_scores",
+    "logistic_scores",
+    "predict",
     "ranks",
     "recalls",
     "retrieval",
+    "ridge_scores",
     "zero_shot",
 ]

@@ -50,7 +50,7 @@ def loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], title:
         steps, losses: at least one of each.
         title: above it.
     """
-    figure, axes = _figure(8, 4.5)
+    figure, axes = new_figure(8, 4.5)
     average, smooth = losses[0], []
     for loss in losses:
         average += 0.1 * (loss - average)
@@ -86,7 +86,7 @@ def retrieval_sheet(
     shown = max(len(one.right) for _, _, found in columns for one in found)
     wide, row, top, foot = shown + 0.9, 1.62, 1.75, 0.55
     width, height = wide * len(columns) - 0.3, row * rows + top + foot
-    figure, axes = _figure(width * 0.95, height * 0.95)
+    figure, axes = new_figure(width * 0.95, height * 0.95)
     axes.set_position((0, 0, 1, 1))
     axes.set_xlim(-0.4, width)
     axes.set_ylim(height, 0)
@@ -127,7 +127,8 @@ def retrieval_sheet(
     figure.savefig(path, dpi=130)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A matplotlib figure in the colours and the font of all our pictures, and its axes."""
     require_matplotlib()
     from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pymm.training.classify import ClassifyRun, train_classify
+    from pymm.training.classify_settings import ClassifySettings
     from pymm.training.clip import ClipRun, train_clip
     from pymm.training.errors import CheckpointError, NonFiniteError, SettingsError, TrainingError
     from pymm.training.loop import RunResult, Trainer
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 # The command line reads the settings to answer `--help`, and must not import torch for it.
 _PARTS = {
+    "classify": ("ClassifyRun", "train_classify"),
+    "classify_settings": ("ClassifySettings",),
     "clip": ("ClipRun", "train_clip"),
     "errors": ("CheckpointError", "NonFiniteError", "SettingsError", "TrainingError"),
     "loop": ("RunResult", "Trainer"),
@@ -49,6 +53,8 @@ _PART_OF = {name: part for part, names in _PARTS.items() for name in names}
 __all__ = [
     "AugmentSettings",
     "CheckpointError",
+    "ClassifyRun",
+    "ClassifySettings",
     "ClipRun",
     "ClipSettings",
     "DataSettings",
@@ -67,6 +73,7 @@ __all__ = [
     "TrainingError",
     "load_run",
     "load_settings",
+    "train_classify",
     "train_clip",
 ]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from pymm.training import distributed
 from pymm.training.checkpoint import list_checkpoints, verify
-from pymm.training.errors import CheckpointError
+from pymm.training.errors import CheckpointError, SettingsError
 from pymm.training.rundir import SETTINGS, WEIGHTS, check_settings, checkpoints_of
 from pymm.training.settings_file import load_settings, task_in
 from pymm.training.task_settings import TaskSettings
@@ -70,6 +70,14 @@ class Run(ABC):
     def table(self, scores: dict[str, Any]) -> Table:
         """The scores for a terminal."""
 
+    def draw(self, path: Path) -> None:
+        """Write a picture of the answers, where the task has one.
+
+        Raises:
+            SettingsError: when it has none.
+        """
+        raise SettingsError(f"eval: picture must be left out for a run of {self.settings.task}, got {path}")
+
 
 def load_run(path: Path | str) -> Run:
     """Load a trained model, whatever its task was.
@@ -98,7 +106,7 @@ def load_run(path: Path | str) -> Run:
         )
     task = find_task(task_in(home / SETTINGS))
     settings = load_settings(imported(task.settings), home / SETTINGS)
-    weights = _weights(path, home)
+    weights = weights_of(path, home)
     if (weights.parent / "manifest.json").exists():
         verify(weights.parent)
     found: Run = imported(task.run).load(home, settings, weights)
@@ -120,7 +128,12 @@ def load_weights(model: Model, weights: Path, what: str) -> Model:
     return model.eval()
 
 
-def _weights(path: Path, home: Path) -> Path:
+def weights_of(path: Path, home: Path) -> Path:
+    """The file with the weights of `path`, which is the run's directory `home` or a part of it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
     if path.is_file():
         return path
     if path.resolve() == home:

@@ -58,6 +58,13 @@ TASKS = (
         "pymm.training.clip:train_clip",
         "pymm.training.clip:ClipRun",
     ),
+    Task(
+        "classify",
+        "Train a classifier from scratch or from a checkpoint, or continue a run.",
+        "pymm.training.classify_settings:ClassifySettings",
+        "pymm.training.classify:train_classify",
+        "pymm.training.classify:ClassifyRun",
+    ),
 )
 
 
