@@ -49,7 +49,7 @@ def limits(
     found: dict[str, Limit] = {}
     if products:
         if device.type == "cpu" and EXTENSION is not None:
-            found["peak"] = _peak(operations(products), str(dtype).removeprefix("torch."))
+            found["peak"] = peak(operations(products), str(dtype).removeprefix("torch."))
         found["gemm"] = _gemm(products, dtype, device)
     if moved_bytes >= 2:
         source = torch.zeros(moved_bytes // 2, dtype=torch.uint8, device=device)
@@ -58,7 +58,8 @@ def limits(
     return found
 
 
-def _peak(wanted: float, dtype: str) -> Limit:
+def peak(wanted: float, dtype: str) -> Limit:
+    """So many operations of a type as multiply-adds in registers, on all threads of the CPU."""
     assert EXTENSION is not None
     run = EXTENSION.peak_operations
     steps, before = 1000, math.inf

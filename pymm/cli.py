@@ -43,6 +43,7 @@ COMMANDS = (
         "Make synthetic scenes with boxes, captions and questions.",
         "pymm.data.scenes_shards:run",
     ),
+    Command(("export",), "Write a model, or a tower of CLIP, as ONNX.", "pymm.interop.export:run"),
     Command(("list",), "List the models, all or those that a pattern fits.", "pymm.commands:list_models"),
     Command(("doctor",), "Say what is built, what serves each op, and what is missing.", "pymm.doctor:run"),
     Command(("bench",), "Measure ops beside eager, compiled and a bare GEMM.", "pymm.benchmarks:run"),

@@ -12,6 +12,7 @@ writing takes the first of the donor whose `fits` accepts the model.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ def convolution(side: int) -> Form:
     return Form(lambda tensors: tensors[0].flatten(1), split)
 
 
+@functools.lru_cache(maxsize=1 << 17)  # a search for the right row asks for the same names over and over
+def _expanded(pattern: str, templates: tuple[str, ...], name: str) -> tuple[str, ...] | None:
+    found = re.fullmatch(pattern, name)
+    return None if found is None else tuple(found.expand(template) for template in templates)
+
+
 @dataclass(frozen=True)
 class Rule:
     """Our names that fit `ours` come from the tensors that the templates `theirs` name, in their form."""
@@ -72,8 +79,7 @@ class Rule:
 
     def names(self, name: str) -> tuple[str, ...] | None:
         """The donor's names for our `name`, or None where the rule is not about it."""
-        found = re.fullmatch(self.ours, name)
-        return None if found is None else tuple(found.expand(template) for template in self.theirs)
+        return _expanded(self.ours, self.theirs, name)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         return self.form.join(tensors)
