@@ -104,12 +104,12 @@ def test_a_row_of_zeros_leaves_the_others_alone(zero: str, isa: str) -> None:
 def test_gradient_of_scores_beyond_the_range(case: str, columns: int, isa: str, poisoned) -> None:
     torch.manual_seed(3)
     t, d = 70, 64
-    sizes = {"below": (1e-4, 1e4, 1.0, 1e-6), "above": (10.0, 0.03, 30.0, 1e4)}[case]
+    sizes = {"below": (1e-4, 1e4, 1.0, 1e-6), "above": (100.0, 0.003, 1e3, 1e4)}[case]
     q, k, v, dout = (
         halves(1, 2, n, d, size=size) for n, size in zip((t, columns, columns, t), sizes, strict=True)
     )
     (truth, *_), dp = true_gradients(attention, dout, q, k, v), dout.double() @ v.double().mT
-    assert dp.abs().max() / columns < 2**-20 if case == "below" else dp.abs().median() > 65504
+    assert dp.abs().max() / columns < 2**-20 if case == "below" else dp.abs().median() / columns > 65504
     with instruction_set(isa):
         got, *_ = gradients(attention, dout, q, k, v)
     assert_rows_close(got, truth, 4 * BOUND)
