@@ -59,7 +59,9 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     loss are swapped in place; the rest runs as before. Parameters, their names, hooks and the training mode
     stay as they are, dropout and drop path too, and results change by rounding only (under attention dropout,
     the random numbers are others). Modules are known by what they are made of, and where that leaves doubt, a
-    copy with random weights has to give the same result before the swap is made. Compile the model after it.
+    copy with random weights has to give the same result before the swap is made. A linear layer with its
+    activation gives the activated result to whoever calls it outside of its parent, too; a hook on either
+    keeps them apart. Compile the model after the swap, not before.
 
     Args:
         model: any module; a loss such as `open_clip.ClipLoss()` by itself.

@@ -15,7 +15,7 @@ from pymm import __version__
 from pymm.interop.files import Checkpoint, read
 from pymm.interop.identify import identify
 from pymm.interop.load import load_state, unwrapped
-from pymm.layers import Linear
+from pymm.layers import Linear, Normalize, PatchEmbed
 from pymm.ops._checks import fail
 
 
@@ -25,8 +25,9 @@ def load(
     """A model with the weights of a checkpoint of torchvision, timm, transformers, OpenAI, open_clip or pymm.
 
     The donor is known by its names, the row of `list_models()` by names and shapes, where the donor's
-    configuration lies beside the file with its help; classes and resolution are the checkpoint's. No file
-    can run code: pickles may hold nothing but tensors, and of a TorchScript archive only they are read.
+    configuration lies beside the file with its help; classes and resolution are the checkpoint's, mean and
+    standard deviation of the pixels the configuration's. No file can run code: pickles may hold nothing but
+    tensors, and of a TorchScript archive only they are read.
 
     Args:
         path: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file; the `.index.json` of shards; a
@@ -57,6 +58,7 @@ def load(
     if strict and not report.complete:
         fail("load", "path", f"a complete checkpoint of {found.arch}, or strict False", report.faults())
     _set_eps(model, checkpoint.config)
+    _set_normalization(model, checkpoint.config)
     model.__dict__ |= {"arch": found.arch, "load_report": report}
     return model.eval()
 
@@ -72,6 +74,25 @@ def _set_eps(model: nn.Module, config: Mapping[str, Any]) -> None:
     for module in model.modules():
         if isinstance(eps, float) and isinstance(module, nn.LayerNorm):
             module.eps = eps
+
+
+def _set_normalization(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Mean and standard deviation of the pixels that the weights were trained with, where the donor says."""
+    for place, names in _NORMALIZATIONS.items():
+        found = [config.get(place, {}).get(name) for name in names]
+        for module in model.modules():
+            if isinstance(module, (PatchEmbed, Normalize)) and all(
+                isinstance(numbers, list) and len(numbers) == len(module.mean) for numbers in found
+            ):
+                module.mean, module.std = (tuple(float(x) for x in numbers) for numbers in found)
+
+
+# Where timm, open_clip and transformers keep them.
+_NORMALIZATIONS = {
+    "pretrained_cfg": ("mean", "std"),
+    "preprocess_cfg": ("mean", "std"),
+    "preprocessor": ("image_mean", "image_std"),
+}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], arch: str | None = None) -> None:

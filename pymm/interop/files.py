@@ -28,6 +28,7 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _CONFIGS = ("open_clip_config.json", "config.json")
+_PREPROCESSOR = "preprocessor_config.json"
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _DAMAGES = (
     OSError,
@@ -47,7 +48,8 @@ class Checkpoint:
 
     Args:
         state: names to tensors, or a dictionary that has them under a name such as `"state_dict"`.
-        config: the donor's configuration that lies beside the file; empty where there is none.
+        config: the donor's configuration that lies beside the file, with that of transformers' preprocessor
+            under `"preprocessor"`; empty where there is none.
         metadata: of a safetensors file.
     """
 
@@ -73,6 +75,8 @@ def read(path: Path) -> Checkpoint:
         file = found
     config = next((file.parent / name for name in _CONFIGS if (file.parent / name).is_file()), None)
     beside = {} if config is None else _json(config)
+    if (file.parent / _PREPROCESSOR).is_file():
+        beside["preprocessor"] = _json(file.parent / _PREPROCESSOR)
     if file.name.endswith(".index.json"):
         return Checkpoint(_shards(file), beside)
     state, metadata = _whole(file)

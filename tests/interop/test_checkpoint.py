@@ -105,6 +105,21 @@ def test_shards_stay_beside_their_index(tmp_path: Path) -> None:
         pymm.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [
+        ("config.json", {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}),
+        ("open_clip_config.json", {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}),
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}),
+    ],
+)
+def test_normalization_of_the_configuration(tmp_path: Path, file: str, config: dict[str, Any]) -> None:
+    save_file(to_donor(tiny(), "timm"), tmp_path / "model.safetensors")
+    (tmp_path / file).write_text(json.dumps(config))
+    loaded = pymm.load(tmp_path)
+    assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_layer_norms_of_the_configuration(tmp_path: Path) -> None:
     save_file(to_donor(tiny(), "transformers"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "vit", "layer_norm_eps": 1e-12}')
