@@ -53,8 +53,9 @@ def load(
     with torch.random.fork_rng(devices=()), torch.device("cpu"):
         model = found.build().float()
     report = load_state(model, tensors)
+    state = model.state_dict()
     for name in report.placed:
-        _check_finite(name, model.state_dict()[name])
+        _check_finite(name, state[name])
     if strict and not report.complete:
         fail("load", "path", f"a complete checkpoint of {found.arch}, or strict False", report.faults())
     _set_eps(model, checkpoint.config)

@@ -15,7 +15,7 @@ from pymm.interop import save
 from pymm.interop.export import export, export_onnx
 from tests.interop.compare import randomize
 
-CASES = [("clip_tiny", "image"), ("clip_tiny", "text"), ("vgg_tiny", None)]
+IMAGE, TEXT = ("clip_tiny", "image"), ("clip_tiny", "text")
 
 
 def made(name: str) -> Any:
@@ -37,11 +37,14 @@ def batches(model: Any, tower: str | None) -> list[Tensor]:
     for n, length in ((1, 5), (4, 24), (2, 1)):
         tokens = torch.randint(1, model.vocab_size - 1, (n, length))
         tokens[:, -1] = model.vocab_size - 1
+        tokens[n // 2 :, length // 2 + 1 :] = 0  # padding, for those that know it
         found.append(tokens)
     return found
 
 
-@pytest.mark.parametrize(("name", "tower"), CASES)
+@pytest.mark.parametrize(
+    ("name", "tower"), [IMAGE, TEXT, ("clip_tiny_bert", "text"), ("vgg_tiny", None)], ids=str
+)
 def test_graph(name: str, tower: Any) -> None:
     model = made(name)
     program = export(model, tower)
@@ -53,7 +56,7 @@ def test_graph(name: str, tower: Any) -> None:
         assert (program.module()(x) - y).abs().max() < 1e-5 * max(1.0, float(y.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "tower"), CASES)
+@pytest.mark.parametrize(("name", "tower"), [IMAGE, TEXT], ids=str)
 def test_onnx(tmp_path: Path, name: str, tower: Any) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
