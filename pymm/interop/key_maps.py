@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pymm.interop import beit_maps, bert_maps, mae_maps, transformers_maps, vit_maps
+from pymm.interop import beit_maps, bert_maps, mae_maps, rcnn_maps, transformers_maps, vit_maps
 from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
 from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
@@ -163,6 +163,7 @@ KEY_MAPS = (
     KeyMap(("torchvision",), ConvNet, _VGG, variant="VGG", fits=_is_vgg),
     KeyMap(("timm",), ConvNet, _TIMM_VGG, fits=_is_vgg),
     *bert_maps.MAPS,
+    *rcnn_maps.MAPS,
 )
 
 __all__ = ["KEY_MAPS", "OPENAI_FACTS", "own"]

@@ -13,18 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from pymm.models import beit, clip, clip_rows, convnet, lenet, mae, resnet, vit, vit_rows
+from pymm.models import beit, clip, clip_rows, convnet, lenet, mae, rcnn, resnet, vit, vit_rows
 from pymm.models.beit import BEiT, BEiTSpec
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
 from pymm.models.lenet import LeNetSpec
 from pymm.models.mae import MAE, MAESpec
+from pymm.models.rcnn import RCNN, Detections, RCNNSpec
 from pymm.models.resnet import ResNet, ResNetSpec
 from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
 
-Spec = BEiTSpec | CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | ResNetSpec | ViTSpec
+Spec = BEiTSpec | CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | RCNNSpec | ResNetSpec | ViTSpec
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
     vit_rows.ROWS,
@@ -34,6 +35,7 @@ _TABLES: tuple[tuple[Spec, ...], ...] = (
     convnet.ROWS,
     lenet.ROWS,
     clip_rows.ROWS,
+    rcnn.ROWS,
 )
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
 _BUILD: dict[type, Any] = {
@@ -42,6 +44,7 @@ _BUILD: dict[type, Any] = {
     ConvNetSpec: convnet.build,
     LeNetSpec: lenet.build,
     MAESpec: mae.build,
+    RCNNSpec: rcnn.build,
     ResNetSpec: resnet.build,
     ViTSpec: vit.build,
 }
@@ -111,13 +114,16 @@ def _resized(row: Spec, image_size: int) -> dict[str, Any]:
 __all__ = [
     "CLIP",
     "MAE",
+    "RCNN",
     "BEiT",
     "BEiTSpec",
     "CLIPSpec",
     "ConvNet",
     "ConvNetSpec",
+    "Detections",
     "LeNetSpec",
     "MAESpec",
+    "RCNNSpec",
     "ResNet",
     "ResNetSpec",
     "Spec",

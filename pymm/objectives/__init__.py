@@ -1,6 +1,7 @@
 """Objectives: what a model's outputs are asked for, apart from the model."""
 
 from pymm.objectives.contrastive import ContrastiveObjective
+from pymm.objectives.detection import DetectionObjective
 from pymm.objectives.masked import MaskedPixels, MaskedTokens
 
-__all__ = ["ContrastiveObjective", "MaskedPixels", "MaskedTokens"]
+__all__ = ["ContrastiveObjective", "DetectionObjective", "MaskedPixels", "MaskedTokens"]
