@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from pymm.interop import beit_maps, bert_maps, mae_maps, rcnn_maps, transformers_maps, vit_maps
+from pymm.interop.residual_maps import residual_stages
 from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, convolution, own, stacked
 from pymm.layers import AttentionPool2d
 from pymm.models.clip import CLIP
@@ -28,19 +29,6 @@ def _clip_blocks(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def _residual_stages(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """Residual blocks with the names of torchvision, timm and OpenAI's CLIP, behind the two prefixes."""
-    rules: list[Rule] = []
-    for i in range(4):
-        a, b = rf"{re.escape(ours)}stages\.{i}\.(\d+)\.", rf"{theirs}layer{i + 1}.\1."
-        rules += [
-            Rule(a + r"downsample\.conv\.(.*)", (b + r"downsample.0.\2",)),
-            Rule(a + r"downsample\.bn\.(.*)", (b + r"downsample.1.\2",)),
-            Rule(a + r"((?:conv|bn)\d\..*)", (b + r"\2",)),
-        ]
-    return tuple(rules)
-
-
 _CLIP_VIT = (
     Rule(r"visual\.embed\.weight", ("visual.conv1.weight",)),
     Rule(r"visual\.embed\.prefix", ("visual.class_embedding",), VECTOR),
@@ -52,7 +40,7 @@ _CLIP_VIT = (
 )
 _CLIP_RESNET = (
     Rule(r"visual\.stem\.(.*)", (r"visual.\1",)),
-    *_residual_stages("visual.", "visual."),
+    *residual_stages("visual.", "visual."),
     Rule(r"visual\.pool\.position", ("visual.attnpool.positional_embedding",)),
     Rule(r"visual\.pool\.q\.(.*)", (r"visual.attnpool.q_proj.\1",)),
     Rule(r"visual\.pool\.kv\.(.*)", (r"visual.attnpool.k_proj.\1", r"visual.attnpool.v_proj.\1"), stacked(2)),
@@ -81,7 +69,7 @@ def _clip_text(prefix: str) -> tuple[Rule, ...]:
 
 _TORCHVISION_RESNET = (
     Rule(r"stem\.(conv|bn)\.(.*)", (r"\g<1>1.\2",)),
-    *_residual_stages("", ""),
+    *residual_stages("", ""),
     Rule(r"head\.(.*)", (r"fc.\1",)),
 )
 

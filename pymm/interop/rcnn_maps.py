@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
+from pymm.interop.residual_maps import residual_stages
 from pymm.interop.rules import KeyMap, Rule
 from pymm.models.rcnn import RCNN
-
-
-def _stages() -> tuple[Rule, ...]:
-    rules: list[Rule] = []
-    for i in range(4):
-        a, b = rf"backbone\.stages\.{i}\.(\d+)\.", rf"backbone.body.layer{i + 1}.\1."
-        rules += [
-            Rule(a + r"downsample\.conv\.(.*)", (b + r"downsample.0.\2",)),
-            Rule(a + r"downsample\.bn\.(.*)", (b + r"downsample.1.\2",)),
-            Rule(a + r"((?:conv|bn)\d\..*)", (b + r"\2",)),
-        ]
-    return tuple(rules)
 
 
 def _either(ours: str, new: str, old: str) -> tuple[Rule, Rule]:
@@ -25,7 +14,7 @@ def _either(ours: str, new: str, old: str) -> tuple[Rule, Rule]:
 
 RULES = (
     Rule(r"backbone\.stem\.(conv|bn)\.(.*)", (r"backbone.body.\g<1>1.\2",)),
-    *_stages(),
+    *residual_stages("backbone.", "backbone.body."),
     *_either(
         r"pyramid\.lateral\.(\d)\.(.*)",
         r"backbone.fpn.inner_blocks.\1.0.\2",
