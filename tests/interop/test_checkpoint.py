@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import pymm
 from pymm.interop import save, to_donor
 from pymm.interop.archive import archive_root, read_archive
+from pymm.interop.files import read
 
 TINY = "vit_tiny_patch16_224"
 
@@ -244,6 +246,29 @@ def test_truncated(tmp_path: Path, ending: str, part: float) -> None:
     with pytest.raises(ValueError) as error:
         pymm.load(path)
     assert "load: path must be a whole checkpoint" in one_line(error)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".bin"])
+def test_damaged_anywhere(tmp_path: Path, ending: str) -> None:
+    """Bytes overwritten at random: the tensors, or one line."""
+    path, state = tmp_path / f"m{ending}", {"a.weight": torch.randn(3, 4), "b": torch.ones(2).half()}
+    if ending == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=ending == ".pt")
+    data, draw = path.read_bytes(), random.Random(0)
+    refused: list[str] = []
+    for _ in range(200):
+        damaged = bytearray(data)
+        for _ in range(3):
+            damaged[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except ValueError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 200
+    assert all(text.startswith("load: path must be ") and "\n" not in text for text in refused)
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
