@@ -1,4 +1,4 @@
-"""The command line: `pymm train TASK | eval | data scenes | list | doctor | bench | demo`.
+"""The command line: `pymm train TASK | eval | detect | data scenes | list | doctor | bench | demo`.
 
 Each command imports its part when it runs, so `pymm --help` is quick. A command is a settings dataclass,
 from which `tyro` makes the options, and a function that takes it and returns the exit code.
@@ -38,6 +38,7 @@ class Command:
 COMMANDS = (
     *(Command(("train", task.name), task.help, "pymm.commands:train", task.settings) for task in TASKS),
     Command(("eval",), "Evaluate a run's weights, or a checkpoint.", "pymm.commands:evaluate"),
+    Command(("detect",), "Find named things in a picture by a CLIP run.", "pymm.detect:run"),
     Command(
         ("data", "scenes"),
         "Make synthetic scenes with boxes, captions and questions.",

@@ -38,7 +38,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     )
     done = run(code=code)
     assert done.returncode == 0, done.stderr
-    for words in ("train clip", "eval", "data scenes", "list", "doctor", "bench", "demo"):
+    for words in ("train clip", "eval", "detect", "data scenes", "list", "doctor", "bench", "demo"):
         assert words in done.stdout
 
 
@@ -68,7 +68,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "clip_tiny*"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["clip_tiny", "clip_tiny_sigmoid"]
+    assert [line.split()[0] for line in lines] == ["clip_tiny", "clip_tiny_bert", "clip_tiny_sigmoid"]
     assert "1.7 M" in lines[0]
     assert cli.main(["list", "nothing*"]) == 1
 

@@ -46,20 +46,33 @@ def draw_boxes(
 
 def sheet(scenes: Scenes, start: int = 0, rows: int = 3, columns: int = 4) -> Image.Image:
     """Synthetic scenes with their true boxes, names and first captions."""
-    font = ImageFont.load_default(TEXT)
-    side = scenes.settings.size * max(1, 256 // scenes.settings.size)
-    gap, head, foot = 12, 30, 2 * TEXT + 12
-    size = (columns * (side + gap) + gap, head + rows * (side + foot + gap))
-    page = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(page)
-    draw.text((gap, 8), "Synthetic scenes: emoji on drawn textures, boxes and captions exact", INK, font)
+    drawn, captions = [], []
     for i in range(rows * columns):
         scene = scenes[start + i]
-        x, y = gap + i % columns * (side + gap), head + i // columns * (side + foot + gap)
         boxes, names = [one.box for one in scene.objects], [one.name for one in scene.objects]
-        page.paste(draw_boxes(scene.image, boxes, names, enlarge=side // scenes.settings.size), (x, y))
-        lines = _wrapped(draw, font, scene.captions[0], side)
-        draw.multiline_text((x, y + side + 4), "\n".join(lines[:2]), INK, font)
+        enlarge = max(1, 256 // scenes.settings.size)
+        drawn.append(draw_boxes(scene.image, boxes, names, enlarge=enlarge))
+        captions.append(scene.captions[0])
+    title = "Synthetic scenes: emoji on drawn textures, boxes and captions exact"
+    return page_of(drawn, captions, title, columns)
+
+
+def page_of(
+    pictures: Sequence[Image.Image], captions: Sequence[str], title: str, columns: int = 4
+) -> Image.Image:
+    """Pictures of one size in rows, each over its caption, of which two lines are shown."""
+    font = ImageFont.load_default(TEXT)
+    width, height = pictures[0].size
+    gap, head, foot = 12, 30, 2 * TEXT + 12
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * (width + gap) + gap, head + rows * (height + foot + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((gap, 8), title, INK, font)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = gap + i % columns * (width + gap), head + i // columns * (height + foot + gap)
+        page.paste(picture, (x, y))
+        lines = _wrapped(draw, font, caption, width)
+        draw.multiline_text((x, y + height + 4), "\n".join(lines[:2]), INK, font)
     return page
 
 

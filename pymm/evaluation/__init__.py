@@ -1,5 +1,6 @@
-"""Classification, zero-shot classification and retrieval."""
+"""Classification, zero-shot classification and detection, and retrieval."""
 
+from pymm.evaluation.average_precision import Detections, average_precision
 from pymm.evaluation.classification import (
     classification_scores,
     confusion_matrix,
@@ -14,8 +15,13 @@ from pymm.evaluation.clip import evaluate_clip
 from pymm.evaluation.encoding import class_embeddings, encode_images, encode_texts
 from pymm.evaluation.retrieval import ranks, recalls, retrieval
 from pymm.evaluation.zero_shot import zero_shot
+from pymm.evaluation.zero_shot_detection import Windows, ZeroShotDetector, evaluate_detection
 
 __all__ = [
+    "Detections",
+    "Windows",
+    "ZeroShotDetector",
+    "average_precision",
     "class_embeddings",
     "classification_scores",
     "confusion_matrix",
@@ -23,6 +29,7 @@ __all__ = [
     "encode_texts",
     "evaluate_classifier",
     "evaluate_clip",
+    "evaluate_detection",
     "extract_features",
     "knn_scores",
     "logistic_scores",
