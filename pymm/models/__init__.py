@@ -13,10 +13,23 @@ from typing import Any
 
 from torch import nn
 
-from pymm.models import beit, clip, clip_rows, convnet, lenet, mae, rcnn, resnet, vit, vit_rows
+from pymm.models import (
+    beit,
+    clip,
+    clip_rows,
+    convnet,
+    image_tokenizer,
+    lenet,
+    mae,
+    rcnn,
+    resnet,
+    vit,
+    vit_rows,
+)
 from pymm.models.beit import BEiT, BEiTSpec
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
+from pymm.models.image_tokenizer import ImageTokenizer, ImageTokenizerSpec
 from pymm.models.lenet import LeNetSpec
 from pymm.models.mae import MAE, MAESpec
 from pymm.models.rcnn import RCNN, Detections, RCNNSpec
@@ -25,12 +38,23 @@ from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
 
-Spec = BEiTSpec | CLIPSpec | ConvNetSpec | LeNetSpec | MAESpec | RCNNSpec | ResNetSpec | ViTSpec
+Spec = (
+    BEiTSpec
+    | CLIPSpec
+    | ConvNetSpec
+    | ImageTokenizerSpec
+    | LeNetSpec
+    | MAESpec
+    | RCNNSpec
+    | ResNetSpec
+    | ViTSpec
+)
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
     vit_rows.ROWS,
     mae.ROWS,
     beit.ROWS,
+    image_tokenizer.ROWS,
     resnet.ROWS,
     convnet.ROWS,
     lenet.ROWS,
@@ -42,6 +66,7 @@ _BUILD: dict[type, Any] = {
     BEiTSpec: beit.build,
     CLIPSpec: clip.build,
     ConvNetSpec: convnet.build,
+    ImageTokenizerSpec: image_tokenizer.build,
     LeNetSpec: lenet.build,
     MAESpec: mae.build,
     RCNNSpec: rcnn.build,
@@ -121,6 +146,8 @@ __all__ = [
     "ConvNet",
     "ConvNetSpec",
     "Detections",
+    "ImageTokenizer",
+    "ImageTokenizerSpec",
     "LeNetSpec",
     "MAESpec",
     "RCNNSpec",
