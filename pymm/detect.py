@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from pymm.evaluation import Detections, ZeroShotDetector
+    from pymm.evaluation import ZeroShotDetector
+    from pymm.models.rcnn import Detections
 
 SHOWN, LARGEST = 12, 512
 
@@ -30,6 +31,8 @@ class DetectSettings:
     """Prompts around a name; {object} stands for it. Several are averaged."""
     background: tuple[str, ...] = ()
     """Names of what is no object; regions nearest to one of them are left out."""
+    regions: str | None = None
+    """A run of a detector, whose region proposals take the windows' place; its names are not used."""
     scales: tuple[float, ...] = (0.2, 0.28, 0.4)
     """Sides of the windows as shares of the picture's short side."""
     step: float = 0.2
@@ -66,17 +69,27 @@ def run(settings: DetectSettings) -> int:
 
 
 def _detector(settings: DetectSettings, names: tuple[str, ...]) -> ZeroShotDetector:
-    from pymm.evaluation import Windows, ZeroShotDetector
-    from pymm.training.clip import load_run
+    from pymm.evaluation import ProposedRegions, Windows, ZeroShotDetector
+    from pymm.models.rcnn import RCNN
+    from pymm.training import clip, runs
 
-    trained = load_run(settings.run)
+    trained = clip.load_run(settings.run)
+    proposals: ProposedRegions | Windows = Windows(settings.scales, step=settings.step)
+    if settings.regions is not None:
+        found = runs.load_run(settings.regions)
+        detector = getattr(found, "model", None)
+        if not isinstance(detector, RCNN) or detector.proposals is None:
+            raise ValueError(
+                f"detect: regions must be a run of Faster R-CNN, got one of {found.settings.task}"
+            )
+        proposals = ProposedRegions(detector, settings.most)
     return ZeroShotDetector(
         trained.model.to(settings.device),
         trained.tokenizer,
         names,
         settings.templates,
         background=settings.background,
-        proposals=Windows(settings.scales, step=settings.step),
+        proposals=proposals,
         threshold=settings.threshold,
         iou_threshold=settings.iou_threshold,
         context=settings.context,
@@ -139,6 +152,6 @@ def _scenes(settings: DetectSettings) -> dict[str, dict[str, float]]:
         enlarge = max(1, LARGEST // 2 // one.pixels.shape[1])
         scene = data.scenes[data.start + i]
         drawn.append(draw_boxes(scene.image, [row["box"] for row in listed], found, sure, enlarge))
-    title = f"Synthetic scenes, boxes of windows named by CLIP: AP50 {scores['proposals']['ap50']:.3f}"
+    title = f"Synthetic scenes, regions named by CLIP: AP50 {scores['proposals']['ap50']:.3f}"
     page_of(drawn, ["" for _ in drawn], title).save(settings.out)
     return scores

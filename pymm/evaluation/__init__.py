@@ -1,6 +1,6 @@
 """Classification, zero-shot classification and detection, and retrieval."""
 
-from pymm.evaluation.average_precision import Detections, average_precision
+from pymm.evaluation.average_precision import average_precision
 from pymm.evaluation.classification import (
     classification_scores,
     confusion_matrix,
@@ -15,10 +15,15 @@ from pymm.evaluation.clip import evaluate_clip
 from pymm.evaluation.encoding import class_embeddings, encode_images, encode_texts
 from pymm.evaluation.retrieval import ranks, recalls, retrieval
 from pymm.evaluation.zero_shot import zero_shot
-from pymm.evaluation.zero_shot_detection import Windows, ZeroShotDetector, evaluate_detection
+from pymm.evaluation.zero_shot_detection import (
+    ProposedRegions,
+    Windows,
+    ZeroShotDetector,
+    evaluate_detection,
+)
 
 __all__ = [
-    "Detections",
+    "ProposedRegions",
     "Windows",
     "ZeroShotDetector",
     "average_precision",

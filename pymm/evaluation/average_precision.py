@@ -5,21 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-
-class Detections(NamedTuple):
-    """What was found in one picture, best first.
-
-    `boxes` `(K, 4)` float32, left, top, right, bottom in pixels; `scores` `(K,)` float32; `labels` `(K,)`
-    int64.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+from pymm.models.rcnn import Detections
 
 
 def average_precision(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymm.data import Tokenizer
-from pymm.evaluation.average_precision import Detections, average_precision
+from pymm.evaluation.average_precision import average_precision
 from pymm.evaluation.encoding import Template, check_finite, class_embeddings, evaluating, features_of
+from pymm.models.boxes import scale_boxes
+from pymm.models.rcnn import RCNN, Detections
 from pymm.ops import batched_nms, roi_align
 
 WHERE = "ZeroShotDetector"
@@ -42,8 +44,9 @@ class Windows:
                 expected = "positive" if name == "ratios" else "in (0, 1]"
                 raise ValueError(f"Windows: {name} must be {expected}, got {getattr(self, name)}")
 
-    def __call__(self, height: int, width: int) -> Tensor:
-        """`(R, 4)` float32; every window lies in the picture, and together they cover it."""
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Of `pixels (..., H, W)`, `(R, 4)` float32: windows that lie in the picture and cover it."""
+        height, width = pixels.shape[-2:]
         boxes = []
         for scale in self.scales:
             for ratio in self.ratios:
@@ -58,6 +61,26 @@ class Windows:
 def _starts(length: int, side: float, step: float) -> Tensor:
     free = length - side
     return torch.linspace(0, free, max(1, math.ceil(free / (step * side)) + 1))
+
+
+@dataclass(frozen=True)
+class ProposedRegions:
+    """Boxes of a region proposal network, which knows what an object is but no names.
+
+    Attributes:
+        detector: Faster R-CNN.
+        most: boxes per picture, the best ones.
+    """
+
+    detector: RCNN
+    most: int = 100
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Of `pixels (3, H, W)` as the detector takes them, at most `most` boxes `(R, 4)`, best first."""
+        with evaluating(self.detector):
+            pictures = self.detector.prepare(pixels[None])
+            proposed = self.detector.propose(self.detector.maps(pictures.pixels), pictures)
+        return scale_boxes(proposed.boxes[0][: self.most], pictures.sizes[0], pictures.originals[0])
 
 
 def region_pixels(pixels: Tensor, boxes: Tensor, size: int, context: float = 1.0) -> Tensor:
@@ -104,7 +127,7 @@ class ZeroShotDetector:
         names: the classes, C of them.
         templates: see `pymm.evaluation.class_embeddings`.
         background: names of what is no object; a region nearest to one of them is dropped.
-        proposals: makes boxes for pictures that come without.
+        proposals: makes boxes of a picture that comes without; `Windows()` by default.
         threshold: scores at most so large are dropped, in [0, 1).
         iou_threshold: of the suppression, in [0, 1].
         context: see `region_pixels`, at least 1.
@@ -123,7 +146,7 @@ class ZeroShotDetector:
         templates: Template | Sequence[Template] = "A photo of a {object}",
         *,
         background: Sequence[str] = (),
-        proposals: Windows | None = None,
+        proposals: Callable[[Tensor], Tensor] | None = None,
         threshold: float = 0.1,
         iou_threshold: float = 0.3,
         context: float = 1.1,
@@ -167,10 +190,10 @@ class ZeroShotDetector:
             got = f"{pixels.dtype} {tuple(pixels.shape)}"
             raise ValueError(f"{WHERE}: pixels must be uint8 (3, H, W), got {got}")
         if boxes is None:
-            boxes = self.proposals(*pixels.shape[1:])
+            boxes = self.proposals(pixels)
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{WHERE}: boxes must be (R, 4), got {tuple(boxes.shape)}")
-        boxes = boxes.float()
+        boxes = boxes.float().cpu()
         every = self.scores(pixels, boxes)
         chosen, label = (every > self.threshold).nonzero(as_tuple=True)
         scores = every[chosen, label]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 
 from pymm import detect
 from pymm.data import Tokenizer
-from pymm.evaluation import Detections, Windows, ZeroShotDetector, average_precision, evaluate_detection
+from pymm.evaluation import (
+    ProposedRegions,
+    Windows,
+    ZeroShotDetector,
+    average_precision,
+    evaluate_detection,
+)
 from pymm.evaluation.zero_shot_detection import region_pixels
+from pymm.models import rcnn
+from pymm.models.rcnn import Detections
 
 NAMES = ("red thing", "blue thing", "green thing")
 TOKENIZER = Tokenizer.train(["A photo of a red thing, blue thing, green thing, grey wall"] * 3, 300, 40)
@@ -96,7 +105,7 @@ def test_the_best_detections_are_kept(picture: Tensor) -> None:
 
 
 def test_windows_cover_the_picture() -> None:
-    boxes = Windows((0.3, 1.0), (0.5, 2.0), 0.25)(40, 60)
+    boxes = Windows((0.3, 1.0), (0.5, 2.0), 0.25)(torch.zeros(3, 40, 60))
     covered = torch.zeros(40, 60, dtype=torch.bool)
     for x1, y1, x2, y2 in boxes.tolist():
         assert 0 <= x1 < x2 <= 60 + 1e-4
@@ -105,7 +114,29 @@ def test_windows_cover_the_picture() -> None:
     assert covered.all()
     first = boxes[0]
     assert ((first[2] - first[0]) / (first[3] - first[1])).item() == pytest.approx(0.5)
-    assert Windows((1.0,))(20, 20).tolist() == [[0, 0, 20, 20]]
+    assert Windows((1.0,))(torch.zeros(3, 20, 20)).tolist() == [[0, 0, 20, 20]]
+
+
+def test_regions_of_a_proposal_network(picture: Tensor) -> None:
+    """The boxes of the network, in the picture's pixels, best first; its mode is left as it was."""
+    torch.manual_seed(0)
+    row = next(one for one in rcnn.ROWS if one.anchors is not None and one.norm_eps is None)
+    network = rcnn.build(replace(row, image_size=64, max_size=64)).train()
+    boxes = ProposedRegions(network, 20)(picture)
+    assert network.training
+    assert boxes.shape[1] == 4
+    assert 0 < len(boxes) <= 20
+    assert boxes.min() >= 0
+    assert boxes.max() <= 60 + 1e-3
+    every = ProposedRegions(network, 1000)(picture)
+    assert len(every) > 20
+    assert torch.equal(every[:20], boxes)
+    network.eval()
+    with torch.no_grad():
+        pictures = network.prepare(picture[None])
+        truth = network.propose(network.maps(pictures.pixels), pictures).boxes[0]
+    torch.testing.assert_close(boxes * (64 / 60), truth[:20])
+    assert detector(proposals=ProposedRegions(network, 20), threshold=0.0)(picture).boxes.shape[1] == 4
 
 
 def test_regions_are_squares_of_the_picture() -> None:
