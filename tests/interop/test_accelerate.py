@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +384,25 @@ def test_vit_of_transformers() -> None:
     assert "attention" in report.changed.values()
     assert error(model(pixels(model)).logits, before) < 1e-5
     assert "left" not in str(report)
+
+
+def test_benchmark_of_a_small_model(tmp_path: Path) -> None:
+    """The script's row: both ways, the peak, and a file that keeps the newest row of a name."""
+    from pymm.benchmarks import accelerate as script
+
+    small = script.Workload(
+        "small training",
+        lambda: timm_vit(img_size=224, patch_size=32, num_classes=1000),
+        script._training,
+        2,
+        None,
+    )
+    row = script.measure(small, torch.float32, script.Settings(seconds=0.01, compiled=False))
+    assert row["times"].keys() == {"before, eager", "after, eager", "peak"}
+    assert row["speedup"] == row["speedup_eager"]
+    assert row["operations"] > 0
+    assert "attention: 2 modules run pymm's ops" in row["report"]
+    path = tmp_path / "rows.json"
+    for _ in range(2):
+        script._add(row, path)
+    assert [r["name"] for r in json.loads(path.read_text())["rows"]] == ["small training float32"]
