@@ -65,6 +65,27 @@ TASKS = (
         "pymm.training.classify:train_classify",
         "pymm.training.classify:ClassifyRun",
     ),
+    Task(
+        "mae",
+        "Pretrain a masked autoencoder on pictures, or continue a run.",
+        "pymm.training.pretrain_settings:MAESettings",
+        "pymm.training.mae:train_mae",
+        "pymm.training.mae:MAERun",
+    ),
+    Task(
+        "tokenizer",
+        "Train an image tokenizer on pictures, or continue a run.",
+        "pymm.training.pretrain_settings:TokenizerSettings",
+        "pymm.training.tokenizer:train_tokenizer",
+        "pymm.training.tokenizer:TokenizerRun",
+    ),
+    Task(
+        "beit",
+        "Pretrain BEiT on the tokens of a tokenizer, or continue a run.",
+        "pymm.training.pretrain_settings:BEiTSettings",
+        "pymm.training.beit:train_beit",
+        "pymm.training.beit:BEiTRun",
+    ),
 )
 
 
