@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -45,7 +45,7 @@ class DetectSettings:
     """Side of what the model sees of a region, as a multiple of the region's longer side."""
     most: int = 100
     """Detections per picture."""
-    threads: Annotated[int | None, tyro.conf.arg(aliases=["--threads"])] = None
+    threads: int | None = None
     """CPU threads; by default torch's."""
     device: str = "cpu"
     """Where the model is."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from rich.progress import track
@@ -27,7 +27,7 @@ Job = tuple[Path, range, SceneSettings, str]
 class WriteSettings:
     """Make synthetic scenes with boxes, captions and questions, and write them as WebDataset shards."""
 
-    out: Annotated[str, tyro.conf.arg(aliases=["--out"])]
+    out: str
     """Folder for the shards; shards that are there already, of the same settings, are kept."""
     count: int = 10_000
     """Scenes."""

@@ -220,8 +220,8 @@ class BertSpec:
 
 
 _DEVLIN = "Devlin et al. 2019, arXiv:1810.04805, sec. 3"
-_TURC = "Turc et al. 2019, arXiv:1908.08962, table 1"
-_WANG = "Wang et al. 2020, arXiv:2002.10957, table 2; six layers as sentence-transformers keeps them"
+_TURC = "Turc et al. 2019, arXiv:1908.08962"
+_WANG = "Wang et al. 2020, arXiv:2002.10957"
 
 ROWS = (
     BertSpec("bert_tiny", 128, 2, 2, 512, 4_385_920, _TURC),

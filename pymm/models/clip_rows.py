@@ -21,7 +21,7 @@ _RADFORD_RN = "Radford et al. 2021, arXiv:2103.00020, table 19"
 _CHERTI = "Cherti et al. 2023, arXiv:2212.07143, with open_clip"
 _DATACOMP = "Gadre et al. 2023, arXiv:2304.14108, with open_clip"
 _DFN = "Fang et al. 2023, arXiv:2309.17425, with open_clip"
-_LIT = "Zhai et al. 2022, arXiv:2111.07991, sec. 4.1; E from its text tower"
+_LIT = "Zhai et al. 2022, arXiv:2111.07991; E is the width of the text tower"
 _SIGLIP = "Zhai et al. 2023, arXiv:2303.15343, sec. 3.2, with CLIP's towers"
 
 _BASE_32 = ViTTower(224, 32, 768, 12, 12, 3072)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pymm import cli
 from pymm.data import (
     EvalTransform,
     ImageTextLoader,
@@ -351,3 +352,16 @@ def test_sentences_of_given_objects() -> None:
         (one.question, one.answer) for one in asked
     }
     assert all("hot dog" not in one.question for one in asked)
+
+
+def test_the_command_writes_shards_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = str(tmp_path / "out"), tmp_path / "sheet.png"
+    words = ["data", "scenes", "--out", out, "--count", "3", "--per-shard", "2", "--size", "32"]
+    assert cli.main([*words, "--objects", "1", "2", "--sheet", str(picture)]) == 0
+    assert "3 synthetic scenes, 2 new shards" in capsys.readouterr().out
+    assert len(list(Path(out).glob("*.tar"))) == 2
+    assert picture.stat().st_size > 1000
+    assert cli.main([*words, "--objects", "2", "2"]) == 2
+    assert "out must be a new folder, or one of the same settings" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pymm import detect
-from pymm.data import Tokenizer
+from pymm import cli, detect
+from pymm.data import SceneDetection, Tokenizer
 from pymm.evaluation import (
     ProposedRegions,
     Windows,
@@ -233,8 +233,8 @@ def test_the_command_draws_and_lists(
     monkeypatch.setattr(detect, "_detector", lambda settings, names: detector())
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "in.png")
     out, listed = str(tmp_path / "out.png"), tmp_path / "found.json"
-    settings = detect.DetectSettings(str(tmp_path / "in.png"), "run", NAMES, out=out, json=str(listed))
-    assert detect.run(settings) == 0
+    words = ["detect", str(tmp_path / "in.png"), "--run", "run", "--names", *NAMES]
+    assert cli.main([*words, "--out", out, "--json", str(listed)]) == 0
     assert {one["name"] for one in json.loads(listed.read_text())} == {"red thing", "blue thing"}
     assert "red thing" in capsys.readouterr().out
     with Image.open(out) as drawn:
@@ -243,3 +243,32 @@ def test_the_command_draws_and_lists(
         detect.run(detect.DetectSettings(str(tmp_path / "in.png"), "run"))
     with pytest.raises(ValueError, match="detect: names must be left out for scenes"):
         detect.run(detect.DetectSettings("scenes:count=2", "run", NAMES))
+
+
+def test_the_command_scores_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A detector that knows the truth of the first scene's boxes and names gets all of it."""
+    pytest.importorskip("pycocotools")
+
+    class Knows(ZeroShotDetector):
+        def __init__(self) -> None:
+            self.most, self.names = 100, data.classes[1:]
+
+        def __call__(self, pixels: Tensor, boxes: Tensor | None = None) -> Detections:
+            one = next(sample for sample in data if torch.equal(sample.pixels, pixels))  # type: ignore[attr-defined]
+            return Detections(one.boxes, torch.ones(len(one.labels)), one.labels - 1)
+
+    source = "scenes:count=3,size=48,classes=8"
+    data = SceneDetection(source)
+    monkeypatch.setattr(detect, "_detector", lambda settings, names: Knows())
+    out = tmp_path / "scenes.png"
+    assert (
+        cli.main(["detect", source, "--run", "run", "--out", str(out), "--json", str(tmp_path / "s.json")])
+        == 0
+    )
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["proposals"]["ap"] == pytest.approx(1.0)
+    assert scores["chance"]["ap50"] < 0.5
+    assert "true boxes" in capsys.readouterr().out
+    assert out.stat().st_size > 1000
