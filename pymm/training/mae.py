@@ -82,14 +82,18 @@ def _losses(
 
 
 def _scores(model: MAE, batches: PictureLoader, settings: MAESettings) -> dict[str, Any]:
-    """The loss on pictures that were not trained on, always behind the same masks."""
+    """The loss on pictures that were not trained on, always behind the same masks.
+
+    `explained` is what is gained on answering with zeros, as a share of that answer's loss.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def measure(batch: LabelledBatch) -> dict[str, Tensor]:
         losses, zeros = _losses(model, batch.pixels, settings, generator)
         return {"loss": losses, "loss_of_zeros": zeros}
 
-    return averaged(model, batches, measure)
+    scores = averaged(model, batches, measure)
+    return {"explained": 1 - scores["loss"] / scores["loss_of_zeros"], **scores}
 
 
 @dataclass(frozen=True)

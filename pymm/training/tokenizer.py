@@ -64,7 +64,8 @@ def _model(settings: TokenizerSettings, seed: int = 0) -> ImageTokenizer:
 def _scores(model: ImageTokenizer, batches: PictureLoader) -> dict[str, Any]:
     """The error of the pixels, beside that of each picture's mean colour, and how many codes are in use.
 
-    `perplexity` is the exponential of the entropy of the codes.
+    `explained` is what is gained on the mean colour, as a share of its error; `perplexity` is the exponential
+    of the entropy of the codes.
     """
     uses = torch.zeros(model.vocab_size, dtype=torch.int64)
 
@@ -78,6 +79,8 @@ def _scores(model: ImageTokenizer, batches: PictureLoader) -> dict[str, Any]:
     scores: dict[str, Any] = averaged(model, batches, measure)
     share = uses.double() / uses.sum()
     entropy = torch.special.entr(share).sum().item()
+    explained = 1 - scores["squared_error"] / scores["squared_error_of_the_mean"]
+    scores = {"explained": explained, **scores}
     return {**scores, "codes": int((uses > 0).sum()), "perplexity": float(torch.tensor(entropy).exp())}
 
 
