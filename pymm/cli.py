@@ -1,4 +1,4 @@
-"""The command line: `pymm train TASK | eval | detect | data scenes | list | doctor | bench | demo`.
+"""The command line: `pymm train TASK | eval | probe | detect | results | bench | list | doctor | demo | ...`.
 
 Each command imports its part when it runs, so `pymm --help` is quick. A command is a settings dataclass,
 from which `tyro` makes the options, and a function that takes it and returns the exit code.
@@ -45,9 +45,15 @@ COMMANDS = (
         "pymm.data.scenes_shards:run",
     ),
     Command(("export",), "Write a model, or a tower of CLIP, as ONNX.", "pymm.interop.export:run"),
+    Command(("probe",), "Classify by a model's frozen features.", "pymm.training.probe:run"),
     Command(("list",), "List the models, all or those that a pattern fits.", "pymm.commands:list_models"),
     Command(("doctor",), "Say what is built, what serves each op, and what is missing.", "pymm.doctor:run"),
     Command(("bench",), "Measure ops beside eager, compiled and a bare GEMM.", "pymm.benchmarks:run"),
+    Command(
+        ("results",),
+        "Train the systems of the results table and compare each with its baseline.",
+        "pymm.benchmarks.systems_command:run",
+    ),
     Command(("demo",), "Train on emoji in five minutes and name them in an unseen style.", "pymm.demo:run"),
 )
 

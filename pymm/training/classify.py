@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymm.data import EvalTransform, LabelledBatch, PictureLoader, Pictures, TrainTransform, read_pictures
-from pymm.data.classification_sources import join_pictures
+from pymm.data.classification_sources import Part, join_pictures
 from pymm.evaluation.classification import (
     confusion_matrix,
     confusion_picture,
@@ -24,7 +24,7 @@ from pymm.evaluation.classification import (
 from pymm.training import distributed
 from pymm.training.accumulate import Forward, mean_loss
 from pymm.training.checkpoint import list_checkpoints
-from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings
+from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings, PictureSettings
 from pymm.training.errors import CheckpointError
 from pymm.training.files import write_atomically
 from pymm.training.loop import RunResult, Trainer
@@ -58,7 +58,7 @@ def train_classify(
     """
     with begin_run(settings) as world:
         directory = Path(settings.run.out)
-        pictures = _pictures(settings, "train")
+        pictures = pictures_of(settings.data, "train")
         tested = tested_pictures(settings, pictures.classes)
         model = _model(settings, len(pictures.classes), world)
         if world.is_main:
@@ -100,8 +100,8 @@ def _model(settings: ClassifySettings, classes: int, world: distributed.World) -
     return model
 
 
-def _pictures(settings: ClassifySettings, part: Any) -> Pictures:
-    data = settings.data
+def pictures_of(data: PictureSettings, part: Part) -> Pictures:
+    """A part of the pictures that settings name."""
     return read_pictures(
         data.source, part, label=data.label, test_share=data.test_share, split_seed=data.split_seed
     )
@@ -111,7 +111,7 @@ def tested_pictures(settings: ClassifySettings, classes: Sequence[str]) -> Pictu
     """What a run is tested on, labelled with its classes."""
     sources, label = settings.evaluation.source, settings.data.label
     if not sources:
-        return _pictures(settings, "test").labelled_as(classes)
+        return pictures_of(settings.data, "test").labelled_as(classes)
     read = [read_pictures(source, "all", label=label).labelled_as(classes) for source in sources]
     return join_pictures(read)
 

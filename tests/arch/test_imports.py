@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "interop": {"ops", "layers", "models"},
     "training": {"ops", "layers", "models", "data", "objectives", "evaluation", "interop"},
     "evaluation": {"ops", "layers", "models", "data", "objectives"},
-    "benchmarks": {"ops", "layers", "models", "interop"},
+    "benchmarks": {"ops", "layers", "models", "data", "objectives", "evaluation", "training", "interop"},
 }
 HEAVY = [
     "matplotlib",

@@ -242,3 +242,16 @@ def test_classes_that_cannot_be_read(run: tuple[ClassifySettings, Any], tmp_path
         (tmp_path / name).write_bytes((Path(run[0].run.out) / name).read_bytes())
     with pytest.raises(CheckpointError, match=r"classes\.json cannot be read"):
         load_run(tmp_path)
+
+
+def test_probes_of_frozen_features(
+    run: tuple[ClassifySettings, Any], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["probe", "--data.source", str(pictures), "--backbone", "clip_rn_tiny", "--model.image-size", "32"]
+    out = tmp_path / "scores.json"
+    assert cli.main([*base, "--init", run[0].run.out, "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())
+    assert scores.keys() == {"knn", "ridge"}
+    assert all(one["top1"] == 1 for one in scores.values())
+    assert "init: " in capsys.readouterr().out
+    assert cli.main([*base, "--init", "/nowhere"]) == 2

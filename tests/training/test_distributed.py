@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from pymm import ops
 from pymm.objectives import ContrastiveObjective
+from pymm.training import train_classify
+from pymm.training.classify_settings import BackboneSettings, ClassifySettings, PictureSettings
 from pymm.training.distributed import World, gather, info_nce, process_group
 from pymm.training.log import read_log
+from pymm.training.task_settings import AugmentSettings, RunSettings, ScheduleSettings
 from tests.training.small import PairLoader, fit, model, settings
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +30,19 @@ RUNS = {
     "autocast": (None, "infonce", "bf16-autocast"),
 }
 
+
+def classifier(out: Path) -> ClassifySettings:
+    """LeNet has no batch norm and these pictures no random changes: any number of processes does the same."""
+    return ClassifySettings(
+        model=BackboneSettings("lenet5"),
+        data=PictureSettings(
+            source="emoji:noto", batch_size=8, augment=AugmentSettings(crop_scale=(1, 1), crop_ratio=(1, 1))
+        ),
+        schedule=ScheduleSettings(steps=3),
+        run=RunSettings(out=str(out), log_every=1, threads=1),
+    )
+
+
 # All that needs two processes, as starting them takes longer than what they do.
 PROGRAM = """
 import os, signal, sys
@@ -36,7 +52,8 @@ from safetensors.torch import save_file
 from pymm.objectives import ContrastiveObjective
 from pymm.training import distributed
 from tests.training.small import PairLoader, fit, model, settings
-from tests.training.test_distributed import RUNS
+from pymm.training import train_classify
+from tests.training.test_distributed import RUNS, classifier
 
 out = Path(sys.argv[1])
 torch.set_num_threads(1)
@@ -98,6 +115,7 @@ with distributed.process_group() as world:
     weights(world)
     gradients(world)
     interruption(world)
+    train_classify(classifier(out / "classifier"))
     print("rank", world.rank, "done")
 """
 
@@ -142,6 +160,14 @@ def test_two_processes_equal_one(name: str, two: tuple[Path, list[str]], tmp_pat
     for key, t in load_file(tmp_path / path).items():
         torch.testing.assert_close(both[key], t, rtol=0, atol=1e-6, msg=key)
     assert (both["embed.weight"] - start).abs().max() > 1e-3
+
+
+def test_two_processes_train_the_classifier_of_one(two: tuple[Path, list[str]], tmp_path: Path) -> None:
+    train_classify(classifier(tmp_path))
+    logs = [read_log(out / "log.jsonl")[:3] for out in (two[0] / "classifier", tmp_path)]
+    losses = [[line["loss"] for line in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 3
 
 
 def test_gradients_are_those_of_one_process(two: tuple[Path, list[str]]) -> None:

@@ -1,0 +1,147 @@
+"""The systems of the results table: what each is trained on, by which command, and what it is to beat.
+
+A row is added to ROWS and nowhere else. `pymm results NAME` trains it, judges it by `pymm eval`, does the
+same for its baseline, and writes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymm.benchmarks.systems_baselines import (
+    logistic_on_pixels,
+    nearest_concept_on_pixels,
+    neighbours_on_pixels,
+)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a row is compared with: a function of its finished run, or another run of the same task.
+
+    Attributes:
+        label: as the table says it.
+        score: the run's directory -> the metric, for the same training and test data.
+        train: arguments of `pymm train`, judged as the row is.
+    """
+
+    label: str
+    score: Callable[[Path], float] | None = None
+    train: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class System:
+    """A row.
+
+    Attributes:
+        name: on the command line and of the run's folder.
+        system: the name in the survey, and the size.
+        data: what it is trained and tested on; drawn data is called synthetic here.
+        train: arguments of `pymm train`, without where the run goes. `{fashion}` is the folder of
+            Fashion-MNIST, `{runs}` that of all runs.
+        baseline: what it is to beat.
+        metric: dotted key of what `pymm eval` gives; more is better.
+        needs: the row whose run is used; it is trained first.
+        evaluate: further arguments of `pymm eval`.
+    """
+
+    name: str
+    system: str
+    data: str
+    train: tuple[str, ...]
+    baseline: Baseline
+    metric: str = "top1"
+    needs: str | None = None
+    evaluate: tuple[str, ...] = ()
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_LOGISTIC = Baseline("logistic regression on 16×16 pixels", logistic_on_pixels)
+_NEIGHBOURS = Baseline("20 nearest neighbours on 28×28 pixels, cosine", neighbours_on_pixels)
+_DIGITS = "scikit-learn's digits, 8×8, 20 % of them tested"
+_FASHION = "Fashion-MNIST, 60,000 and 10,000 pictures"
+_STYLES = "emoji of two drawing styles, tested on a third"
+_EMOJI = f"{_STYLES}, 9 groups"
+_SHIFTS = "--data.augment.crop-scale 0.8 1.0 --data.augment.rotate 10 --data.augment.translate 0.06"
+_COLOURS = "--data.augment.saturation 0.4 --data.augment.brightness 0.2 --data.augment.random-background 0.1"
+_DIGIT_RECIPE = f"--data.source digits --data.batch-size 64 --data.augment.background 0 0 0 {_SHIFTS}"
+_FASHION_RECIPE = "--data.source fashion-mnist:{fashion} --data.augment.flip 0.5"
+_EMOJI_RECIPE = f"--data.source emoji:twemoji,fluent --objective.label-smoothing 0.1 {_COLOURS} {_SHIFTS}"
+_TUNE = f"classify --backbone clip_rn_tiny --data.batch-size 64 --schedule.steps 120 {_EMOJI_RECIPE}"
+
+ROWS = (
+    System(
+        "lenet5-digits", "LeNet-5", _DIGITS,
+        _words(
+            f"classify --backbone lenet5 {_DIGIT_RECIPE} --optimizer.learning-rate 3e-3 --schedule.steps 600"
+        ),
+        _LOGISTIC,
+    ),
+    System(
+        "lenet5-fashion", "LeNet-5", _FASHION,
+        _words(
+            "classify --backbone lenet5 --optimizer.learning-rate 3e-3 --data.batch-size 128 "
+            f"--schedule.steps 2000 {_FASHION_RECIPE}"
+        ), _NEIGHBOURS,
+    ),
+    System(
+        "alexnet-digits", "AlexNet, tiny", _DIGITS,
+        _words(f"classify --backbone alexnet_tiny {_DIGIT_RECIPE} --schedule.steps 2500"),
+        _LOGISTIC,
+    ),
+    System(
+        "vgg-fashion", "VGG, tiny, batch norm", _FASHION,
+        _words(
+            "classify --backbone vgg_tiny --optimizer.learning-rate 2e-3 --data.batch-size 128 "
+            f"--schedule.steps 1500 {_FASHION_RECIPE}"
+        ), _NEIGHBOURS,
+    ),
+    System(
+        "resnet18-emoji", "ResNet-18", _EMOJI,
+        _words(
+            "classify --backbone resnet18 --model.image-size 64 --data.batch-size 64 --schedule.steps 300 "
+            f"--optimizer.learning-rate 1e-3 {_EMOJI_RECIPE}"
+        ), _LOGISTIC,
+    ),
+    System(
+        "vit-emoji", "ViT, CLIP-tiny's tower: 4 blocks of width 128", _EMOJI,
+        _words(
+            "classify --backbone clip_tiny --data.batch-size 128 --schedule.steps 500 "
+            f"--optimizer.learning-rate 1e-3 {_EMOJI_RECIPE}"
+        ), _LOGISTIC,
+    ),
+    System(
+        "clip-resnet", "CLIP with a ResNet tower, tiny", f"{_STYLES}, captions",
+        _words(
+            "clip --data.source emoji:twemoji,fluent --data.captions name --data.holdout 0.1 "
+            "--data.batch-size 128 --evaluation.source emoji:noto --optimizer.weight-decay 0.1 "
+            f"--schedule.steps 700 --precision bf16-autocast {_COLOURS} {_SHIFTS}"
+        ),
+        Baseline("the caption of the nearest picture in 16×16 pixels, cosine", nearest_concept_on_pixels),
+        metric="seen_concepts.r1",
+    ),
+    System(
+        "resnet-transfer", "ResNet, tiny, fine-tuned from the CLIP above", _EMOJI,
+        _words(
+            f"{_TUNE} --init {{runs}}/clip-resnet --optimizer.learning-rate 5e-4 --optimizer.head-rate 4 "
+            "--optimizer.layer-decay 0.8"
+        ),
+        Baseline(
+            "the same network and steps from random weights",
+            train=_words(f"{_TUNE} --optimizer.learning-rate 1e-3"),
+        ),
+        needs="clip-resnet",
+    ),
+    System(
+        "resnet-probe", "ResNet, tiny, of the CLIP above, frozen but for its head", _EMOJI,
+        _words(f"{_TUNE} --init {{runs}}/clip-resnet --freeze all --optimizer.learning-rate 5e-3"),
+        _LOGISTIC,
+        needs="clip-resnet",
+    ),
+)  # fmt: skip
