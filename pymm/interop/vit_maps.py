@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pymm.interop.rules import BATCH_OF_ONE, Form, KeyMap, Rule
 from pymm.layers import MeanToken
+from pymm.models.deit import DeiT
 from pymm.models.vit import VisionTransformer
 
 
@@ -16,7 +17,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten(0, -2) for t in tensors])
 
 
-def _class_and_registers(t: Tensor) -> Sequence[Tensor] | None:
+def _first_and_rest(t: Tensor) -> Sequence[Tensor] | None:
     return [t[None, :1], t[None, 1:]] if t.shape[0] > 1 else None
 
 
@@ -28,10 +29,17 @@ _TIMM = (
     Rule(r"((?:norm_pre|blocks|norm|head)\..*)", (r"\1",)),
 )
 _TIMM_CLASS = (
-    Rule(r"embed\.prefix", ("cls_token", "reg_token"), Form(_joined, _class_and_registers)),
+    Rule(r"embed\.prefix", ("cls_token", "reg_token"), Form(_joined, _first_and_rest)),
     Rule(r"embed\.prefix", ("cls_token",), BATCH_OF_ONE),
 )
 _TIMM_REGISTERS = (Rule(r"embed\.prefix", ("reg_token",), BATCH_OF_ONE),)
+
+_TIMM_DISTILLED = (
+    Rule(r"head\.classes\.(.*)", (r"head.\1",)),
+    Rule(r"head\.distilled\.(.*)", (r"head_dist.\1",)),
+    Rule(r"embed\.prefix", ("cls_token", "dist_token"), Form(_joined, _first_and_rest)),
+    *_TIMM,
+)
 
 _LAYER = r"encoder.layers.encoder_layer_\1."
 _TORCHVISION = (
@@ -69,5 +77,6 @@ MAPS = (
         variant="registers alone",
         fits=_has_registers_alone,
     ),
+    KeyMap(("timm",), DeiT, _TIMM_DISTILLED),
     KeyMap(("torchvision",), VisionTransformer, _TORCHVISION),
 )

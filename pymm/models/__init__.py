@@ -18,6 +18,7 @@ from pymm.models import (
     clip,
     clip_rows,
     convnet,
+    deit,
     image_tokenizer,
     lenet,
     mae,
@@ -29,6 +30,7 @@ from pymm.models import (
 from pymm.models.beit import BEiT, BEiTSpec
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
+from pymm.models.deit import DeiT, DeiTSpec
 from pymm.models.image_tokenizer import ImageTokenizer, ImageTokenizerSpec
 from pymm.models.lenet import LeNetSpec
 from pymm.models.mae import MAE, MAESpec
@@ -42,6 +44,7 @@ Spec = (
     BEiTSpec
     | CLIPSpec
     | ConvNetSpec
+    | DeiTSpec
     | ImageTokenizerSpec
     | LeNetSpec
     | MAESpec
@@ -52,6 +55,7 @@ Spec = (
 
 _TABLES: tuple[tuple[Spec, ...], ...] = (
     vit_rows.ROWS,
+    deit.ROWS,
     mae.ROWS,
     beit.ROWS,
     image_tokenizer.ROWS,
@@ -66,6 +70,7 @@ _BUILD: dict[type, Any] = {
     BEiTSpec: beit.build,
     CLIPSpec: clip.build,
     ConvNetSpec: convnet.build,
+    DeiTSpec: deit.build,
     ImageTokenizerSpec: image_tokenizer.build,
     LeNetSpec: lenet.build,
     MAESpec: mae.build,
@@ -145,6 +150,8 @@ __all__ = [
     "CLIPSpec",
     "ConvNet",
     "ConvNetSpec",
+    "DeiT",
+    "DeiTSpec",
     "Detections",
     "ImageTokenizer",
     "ImageTokenizerSpec",

@@ -88,7 +88,7 @@ def test_rows_are_timms(timm: Any) -> None:
         for name in pymm.list_models(pattern)
     ]
     rows = [row for row in kinds if not isinstance(row, CLIPSpec) and row.source != "pymm"]
-    assert len(rows) == 48
+    assert len(rows) == 52
     for row in rows:
         with torch.device("meta"):
             theirs = timm.create_model(row.name, num_classes=row.num_classes)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import pymm
 from pymm.interop import load_state
-from pymm.models import ViTSpec, vit
+from pymm.models import DeiTSpec, ViTSpec, deit, vit
 from tests.interop.compare import compare, error, randomize
 
 ROW = ViTSpec("test", 8, 48, 3, 3, 192, 0, "test", image_size=32, num_classes=10)
@@ -55,6 +55,26 @@ def test_timm(timm: Any, kind: str) -> None:
     theirs = timm.models.vision_transformer.VisionTransformer(**SIZES, **options)
     pixels = torch.randn(2, 3, 32, 32)
     compare(vit.build(row), theirs, lambda m: (m(pixels), m.forward_features(pixels)))
+
+
+def test_timm_distilled(timm: Any) -> None:
+    theirs = timm.models.deit.VisionTransformerDistilled(**SIZES)
+    pixels = torch.randn(2, 3, 32, 32)
+    ours = deit.build(DeiTSpec("test", 8, 48, 3, 3, 0, image_size=32, num_classes=10))
+
+    def run(model: Any) -> tuple[torch.Tensor, ...]:
+        features = model.forward_features(pixels)
+        if isinstance(model, deit.DeiT):
+            first, second = model.forward_apart(pixels)
+        else:
+            first, second = model.head(features[:, 0]), model.head_dist(features[:, 1])
+        return model(pixels), features, model.forward_head(features, pre_logits=True), first, second
+
+    compare(ours, theirs, run)
+    ours.reset_classifier(0)
+    theirs.reset_classifier(0)
+    assert error(ours(pixels), theirs(pixels)) < 1e-5
+    assert ours.num_classes == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
