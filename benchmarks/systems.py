@@ -12,8 +12,10 @@ from pathlib import Path
 
 from pymm.benchmarks.systems_baselines import (
     logistic_on_pixels,
+    most_frequent_token,
     nearest_concept_on_pixels,
     neighbours_on_pixels,
+    nothing_explained,
 )
 
 
@@ -74,6 +76,10 @@ _DIGIT_RECIPE = f"--data.source digits --data.batch-size 64 --data.augment.backg
 _FASHION_RECIPE = "--data.source fashion-mnist:{fashion} --data.augment.flip 0.5"
 _EMOJI_RECIPE = f"--data.source emoji:twemoji,fluent --objective.label-smoothing 0.1 {_COLOURS} {_SHIFTS}"
 _TUNE = f"classify --backbone clip_rn_tiny --data.batch-size 64 --schedule.steps 120 {_EMOJI_RECIPE}"
+_PICTURES = f"--data.source emoji:twemoji,fluent {_COLOURS} {_SHIFTS}"
+_AFTER = f"--data.batch-size 64 --schedule.steps 150 --optimizer.learning-rate 1e-3 {_EMOJI_RECIPE}"
+_VIT, _BEIT = (f"classify --backbone {name}_mini_patch8_64 {_AFTER}" for name in ("vit", "beit"))
+_SCRATCH = "the same network and steps from random weights"
 
 ROWS = (
     System(
@@ -133,7 +139,7 @@ ROWS = (
             "--optimizer.layer-decay 0.8"
         ),
         Baseline(
-            "the same network and steps from random weights",
+            _SCRATCH,
             train=_words(f"{_TUNE} --optimizer.learning-rate 1e-3"),
         ),
         needs="clip-resnet",
@@ -143,5 +149,56 @@ ROWS = (
         _words(f"{_TUNE} --init {{runs}}/clip-resnet --freeze all --optimizer.learning-rate 5e-3"),
         _LOGISTIC,
         needs="clip-resnet",
+    ),
+    System(
+        "mae-emoji", "MAE, 6 blocks of width 192", _STYLES,
+        _words(
+            f"mae --data.batch-size 128 --optimizer.learning-rate 2e-3 --schedule.steps 1000 {_PICTURES}"
+        ),
+        Baseline("the mean of each hidden patch", nothing_explained),
+        metric="explained",
+    ),
+    System(
+        "vit-mae", "ViT, 6 blocks of width 192, fine-tuned from the MAE above", _EMOJI,
+        _words(f"{_VIT} --init {{runs}}/mae-emoji --optimizer.layer-decay 0.75"),
+        Baseline(_SCRATCH, train=_words(_VIT)),
+        needs="mae-emoji",
+    ),
+    System(
+        "vit-mae-probe", "ViT of the MAE above, frozen but for its head", _EMOJI,
+        _words(f"{_VIT} --init {{runs}}/mae-emoji --freeze all"),
+        _LOGISTIC,
+        needs="mae-emoji",
+    ),
+    System(
+        "tokenizer-emoji", "Image tokenizer, VQ-VAE of 512 codes, stride 8", _STYLES,
+        _words(
+            "tokenizer --data.batch-size 64 --optimizer.learning-rate 2e-3 --schedule.steps 500 "
+            f"{_PICTURES}"
+        ),
+        Baseline("the mean colour of each picture", nothing_explained),
+        metric="explained",
+    ),
+    System(
+        "beit-emoji", "BEiT on the tokens above, 6 blocks of width 192", _STYLES,
+        _words(
+            "beit --tokenizer {runs}/tokenizer-emoji --data.batch-size 128 "
+            f"--optimizer.learning-rate 2e-3 --schedule.steps 500 {_PICTURES}"
+        ),
+        Baseline("the token that is hidden most often", most_frequent_token),
+        metric="accuracy",
+        needs="tokenizer-emoji",
+    ),
+    System(
+        "beit-classifier", "BEiT above, fine-tuned", _EMOJI,
+        _words(f"{_BEIT} --init {{runs}}/beit-emoji --optimizer.layer-decay 0.75"),
+        Baseline(_SCRATCH, train=_words(_BEIT)),
+        needs="beit-emoji",
+    ),
+    System(
+        "beit-probe", "BEiT above, frozen but for its head", _EMOJI,
+        _words(f"{_BEIT} --init {{runs}}/beit-emoji --freeze all"),
+        _LOGISTIC,
+        needs="beit-emoji",
     ),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from pymm.training.classify import CLASSES, pictures_of, tested_pictures
 from pymm.training.classify_settings import ClassifySettings
 from pymm.training.parts import unseen_of
 from pymm.training.rundir import SETTINGS
+from pymm.training.runs import load_run
 from pymm.training.settings import ClipSettings
 from pymm.training.settings_file import load_settings
 
@@ -52,6 +53,16 @@ def nearest_concept_on_pixels(run: Path) -> float:
     concepts = [name.rpartition("/")[2] for name in train.names]
     right = [concepts[i] == name.rpartition("/")[2] for i, name in zip(nearest, test.names, strict=True)]
     return sum(right) / len(right)
+
+
+def nothing_explained(run: Path) -> float:
+    """What answering with the mean explains, by definition."""
+    return 0.0
+
+
+def most_frequent_token(run: Path) -> float:
+    """How often the token that is hidden most often is the right one, on the run's test pictures."""
+    return float(load_run(run).evaluate()["accuracy_of_the_most_frequent"])
 
 
 Labelled = tuple[Tensor, Tensor]

@@ -136,10 +136,7 @@ def _in_order(kept: dict[str, Result]) -> list[Result]:
 
 
 def _measure(row: System, settings: ResultsSettings) -> Result:
-    if row.needs is not None:
-        donor = next(other for other in ROWS if other.name == row.needs)
-        if not (Path(settings.runs) / donor.name / WEIGHTS).is_file():
-            _train(donor.train, donor.name, settings)
+    _train_needed(row, settings)
     ours = _judged(row, row.train, row.name, settings)
     if row.baseline.score is not None:
         began = time.monotonic()
@@ -159,6 +156,16 @@ def _measure(row: System, settings: ResultsSettings) -> Result:
         time.strftime("%Y-%m-%d"),
         machine(),
     )
+
+
+def _train_needed(row: System, settings: ResultsSettings) -> None:
+    """Train what a row begins with, and what that begins with, where it is not there yet."""
+    if row.needs is None:
+        return
+    donor = next(other for other in ROWS if other.name == row.needs)
+    if not (Path(settings.runs) / donor.name / WEIGHTS).is_file():
+        _train_needed(donor, settings)
+        _train(donor.train, donor.name, settings)
 
 
 def _filled(words: Sequence[str], fashion: str, runs: str) -> list[str]:
