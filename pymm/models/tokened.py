@@ -14,7 +14,7 @@ from pymm.ops._checks import fail
 class TokenNetwork(nn.Module):
     """The part of timm's interface that does not depend on how tokens learn where they stand.
 
-    A subclass sets the six modules and defines `forward_features`.
+    A subclass sets the five modules and defines `forward_features`.
     """
 
     embed: PatchEmbed

@@ -21,11 +21,12 @@ from pymm.evaluation.classification import (
     evaluate_classifier,
     predict,
 )
+from pymm.models.tokened import TokenNetwork
 from pymm.training import distributed
 from pymm.training.accumulate import Forward, mean_loss
 from pymm.training.checkpoint import list_checkpoints
 from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings, PictureSettings
-from pymm.training.errors import CheckpointError
+from pymm.training.errors import CheckpointError, SettingsError
 from pymm.training.files import write_atomically
 from pymm.training.loop import RunResult, Trainer
 from pymm.training.rundir import checkpoints_of
@@ -97,6 +98,13 @@ def _model(settings: ClassifySettings, classes: int, world: distributed.World) -
         if world.is_main:
             print(describe_init(asked.init, report), flush=True)
     freeze(model, asked.freeze)
+    if asked.drop_path:
+        if not isinstance(model, TokenNetwork):
+            raise SettingsError(
+                f"settings: model.drop_path must be 0 for {asked.backbone}, which is no transformer, "
+                f"got {asked.drop_path}"
+            )
+        model.set_drop_path(asked.drop_path)
     return model
 
 

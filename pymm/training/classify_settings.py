@@ -32,11 +32,15 @@ class BackboneSettings(Section):
     comes before them. "all" trains the head only. A frozen batch norm keeps its statistics."""
     image_size: int | None = None
     """Pixels per side; by default the model's own."""
+    drop_path: float = 0.0
+    """Stochastic depth of a transformer: the last block's branches are left out with this probability, those
+    before it less often (Huang et al. 2016, arXiv:1603.09382)."""
 
     def __post_init__(self) -> None:
         require(self.freeze == "all" or self.freeze >= 0, "model.freeze", 'at least 0, or "all"', self.freeze)
         side = self.image_size
         require(side is None or side >= 1, "model.image_size", "positive", side)
+        require(0 <= self.drop_path < 1, "model.drop_path", "in [0, 1)", self.drop_path)
 
 
 @dataclass(frozen=True)

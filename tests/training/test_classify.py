@@ -202,6 +202,10 @@ def test_mixing_keeps_shares() -> None:
     [
         ({"model": {"backbone": "resnet19"}}, "name must be one of"),
         ({"model": {"freeze": 99}}, "model.freeze must be below 6"),
+        (
+            {"model": {"drop_path": 0.1}},
+            "model.drop_path must be 0 for clip_rn_tiny, which is no transformer",
+        ),
         ({"model": {"init": "/nowhere"}}, "/nowhere does not exist"),
         ({"data": {"source": "/nowhere"}}, "/nowhere"),
         ({"data": {"batch_size": 25}}, "at least 25 per process"),
@@ -222,6 +226,7 @@ def test_what_does_not_fit_is_named(
     ("arguments", "message"),
     [
         (["--freeze", "-1"], 'model.freeze must be at least 0, or "all", got -1'),
+        (["--model.drop-path", "1"], "model.drop_path must be in [0, 1), got 1.0"),
         (["--optimizer.layer-decay", "0"], "optimizer.layer_decay must be in (0, 1], got 0.0"),
         (["--optimizer.head-rate", "0"], "optimizer.head_rate must be positive"),
         (["--objective.mixup", "-1"], "objective.mixup must be at least 0"),

@@ -147,7 +147,7 @@ def test_a_classifier_begins_with_what_was_pretrained(
 ) -> None:
     init = request.getfixturevalue(f"{kind}_run")
     settings = ClassifySettings(
-        model=BackboneSettings(backbone, init=str(init), image_size=SIDE, freeze="all"),
+        model=BackboneSettings(backbone, init=str(init), image_size=SIDE, freeze="all", drop_path=0.5),
         **common(pictures, tmp_path / "classifier", 2),
     )
     train_classify(settings)
@@ -158,6 +158,18 @@ def test_a_classifier_begins_with_what_was_pretrained(
     if kind == "beit":
         for i in range(6):
             assert torch.equal(state[f"biases.{i}.table"], before["model.biases.0.table"])
+
+
+def test_drop_path_changes_what_is_learned(pictures: Path, tmp_path: Path) -> None:
+    losses = []
+    for rate in (0.0, 0.5):
+        settings = ClassifySettings(
+            model=BackboneSettings("vit_mini_patch8_64", image_size=SIDE, drop_path=rate),
+            **common(pictures, tmp_path / str(rate), 2),
+        )
+        train_classify(settings)
+        losses.append([line["loss"] for line in read_log(tmp_path / str(rate) / LOG) if "loss" in line])
+    assert losses[0] != losses[1]
 
 
 def test_beit_loads_and_scores_as_at_its_end(beit_run: Path) -> None:
