@@ -17,6 +17,7 @@ from pymm.benchmarks.systems_baselines import (
     neighbours_on_pixels,
     nothing_explained,
 )
+from pymm.benchmarks.systems_detection import ap50_of_wrong_names, ap50_on_scenes
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class System:
         metric: dotted key of what `pymm eval` gives; more is better.
         needs: the row whose run is used; it is trained first.
         evaluate: further arguments of `pymm eval`.
+        judge: the run's directory -> the metric, where `pymm eval` does not give it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class System:
     metric: str = "top1"
     needs: str | None = None
     evaluate: tuple[str, ...] = ()
+    judge: Callable[[Path], float] | None = None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -75,6 +78,19 @@ _COLOURS = "--data.augment.saturation 0.4 --data.augment.brightness 0.2 --data.a
 _DIGIT_RECIPE = f"--data.source digits --data.batch-size 64 --data.augment.background 0 0 0 {_SHIFTS}"
 _FASHION_RECIPE = "--data.source fashion-mnist:{fashion} --data.augment.flip 0.5"
 _EMOJI_RECIPE = f"--data.source emoji:twemoji,fluent --objective.label-smoothing 0.1 {_COLOURS} {_SHIFTS}"
+_NEAREST = Baseline("the caption of the nearest picture in 16×16 pixels, cosine", nearest_concept_on_pixels)
+_PAIRS = (
+    "--data.source emoji:twemoji,fluent --data.captions name --data.batch-size 128 "
+    "--evaluation.source emoji:noto --optimizer.weight-decay 0.1"
+)
+
+
+def _clip(name: str, system: str, arguments: str) -> System:
+    """CLIP by another objective or with another tower, on the captions of emoji."""
+    train = f"clip {_PAIRS} --data.holdout 0.1 --schedule.steps 700 {_COLOURS} {_SHIFTS} {arguments}"
+    return System(name, system, f"{_STYLES}, captions", _words(train), _NEAREST, metric="seen_concepts.r1")
+
+
 _TUNE = f"classify --backbone clip_rn_tiny --data.batch-size 64 --schedule.steps 120 {_EMOJI_RECIPE}"
 _PICTURES = f"--data.source emoji:twemoji,fluent {_COLOURS} {_SHIFTS}"
 _AFTER = f"--data.batch-size 64 --schedule.steps 150 --optimizer.learning-rate 1e-3 {_EMOJI_RECIPE}"
@@ -129,8 +145,38 @@ ROWS = (
             "--data.batch-size 128 --evaluation.source emoji:noto --optimizer.weight-decay 0.1 "
             f"--schedule.steps 700 --precision bf16-autocast {_COLOURS} {_SHIFTS}"
         ),
-        Baseline("the caption of the nearest picture in 16×16 pixels, cosine", nearest_concept_on_pixels),
+        _NEAREST,
         metric="seen_concepts.r1",
+    ),
+    _clip(
+        "clip-resnet-triplet", "CLIP with a ResNet tower, tiny, by semi-hard triplets",
+        "--objective.kind triplet",
+    ),
+    _clip(
+        "clip-resnet-sigmoid", "CLIP with a ResNet tower, tiny, by the sigmoid loss",
+        "--model.name clip_rn_tiny_sigmoid --objective.kind sigmoid",
+    ),
+    _clip("clip-vit", "CLIP with a ViT tower, tiny", "--model.name clip_tiny"),
+    _clip(
+        "clip-vit-triplet", "CLIP with a ViT tower, tiny, by semi-hard triplets",
+        "--model.name clip_tiny --objective.kind triplet",
+    ),
+    _clip(
+        "clip-vit-sigmoid", "CLIP with a ViT tower, tiny, by the sigmoid loss",
+        "--model.name clip_tiny_sigmoid --objective.kind sigmoid",
+    ),
+    System(
+        "zero-shot-detection", "CLIP with a ResNet tower, tiny, over windows",
+        "emoji of two drawing styles; 40 synthetic scenes of 20 classes in a third",
+        _words(
+            f"clip {_PAIRS} --schedule.steps 1250 --data.augment.crop-scale 0.7 1.0 "
+            "--data.augment.crop-ratio 0.85 1.18 --data.augment.rotate 15 --data.augment.translate 0.12 "
+            "--data.augment.zoom 0.7 1.25 --data.augment.brightness 0.2 --data.augment.contrast 0.2 "
+            "--data.augment.saturation 0.3 --data.augment.hue 0.04 --data.augment.random-background 1.0"
+        ),
+        Baseline("the same windows and scores, each with the next class's name", ap50_of_wrong_names),
+        metric="AP50",
+        judge=ap50_on_scenes,
     ),
     System(
         "resnet-transfer", "ResNet, tiny, fine-tuned from the CLIP above", _EMOJI,

@@ -189,6 +189,17 @@ def _train(words: Sequence[str], name: str, settings: ResultsSettings) -> Path:
     return out
 
 
+def _evaluated(row: System, out: Path) -> float:
+    """The row's metric from `pymm eval`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scores.json"
+        _pymm("eval", str(out), *row.evaluate, "--out", str(file))
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    for key in row.metric.split("."):
+        found = found[key]
+    return float(found)
+
+
 def _judged(row: System, words: Sequence[str], name: str, settings: ResultsSettings) -> Judged:
     """Train a run, or go on with it, and evaluate it."""
     from safetensors import safe_open
@@ -197,19 +208,14 @@ def _judged(row: System, words: Sequence[str], name: str, settings: ResultsSetti
     out = _train(words, name, settings)
     now = Load.now()
     others = round(now.others_since(before), 2) if now is not None and before is not None else None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "scores.json"
-        _pymm("eval", str(out), *row.evaluate, "--out", str(file))
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-    for key in row.metric.split("."):
-        found = found[key]
+    found = row.judge(out) if row.judge is not None else _evaluated(row, out)
     last = [line for line in read_log(out / LOG) if "loss" in line][-1]
     asked = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["schedule"]["steps"]
     with safe_open(out / WEIGHTS, "pt") as weights:
         names = [name for name in weights.keys() if not name.endswith(_STATISTICS)]  # noqa: SIM118
         sizes = [weights.get_slice(name).get_shape() for name in names]
     parameters = sum(math.prod(size) for size in sizes)
-    return Judged(float(found), round(last["elapsed_s"], 1), last["step"], asked, parameters, others)
+    return Judged(found, round(last["elapsed_s"], 1), last["step"], asked, parameters, others)
 
 
 def load(path: Path) -> list[Result]:

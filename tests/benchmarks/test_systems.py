@@ -115,6 +115,7 @@ def test_rows_are_trained_judged_and_kept(
         metric="per_class.left.accuracy",
         needs="one",
     )
+    judged = replace(first, name="judged", metric="letters", judge=lambda run: float(len(run.name)))
     broken = replace(first, name="broken", train=(*words, "--backbone", "nothing"))
     absent = replace(first, name="absent", train=(*words[:4], "fashion-mnist:{fashion}"))
 
@@ -123,7 +124,7 @@ def test_rows_are_trained_judged_and_kept(
             raise subprocess.CalledProcessError(code, [sys.executable, "-m", "pymm.cli", *arguments])
 
     monkeypatch.setattr(systems_command, "_pymm", in_this_process)
-    monkeypatch.setattr(systems_command, "ROWS", (first, second, broken, absent))
+    monkeypatch.setattr(systems_command, "ROWS", (first, second, judged, broken, absent))
     settings = ResultsSettings(
         runs=str(tmp_path / "runs"),
         out=str(tmp_path / "r.json"),
@@ -132,17 +133,18 @@ def test_rows_are_trained_judged_and_kept(
         threads=1,
     )
     assert run(replace(settings, names=("two", "absent"))) == 0  # trains what it needs
-    assert run(replace(settings, names=("one", "broken"))) == 1
+    assert run(replace(settings, names=("one", "judged", "broken"))) == 1
     shown = capfd.readouterr().out
     assert "absent: left out" in shown
     assert "broken: pymm.cli train classify" in shown
     kept: Any = {one.name: one for one in load(tmp_path / "r.json")}
-    assert list(kept) == ["one", "two"]
+    assert list(kept) == ["one", "two", "judged"]
+    assert kept["judged"].pymm.score == len("judged")
     assert kept["one"].pymm.score == kept["one"].other.score == 1
     assert (kept["one"].pymm.steps, kept["one"].pymm.parameters) == (20, 61_026)
     assert kept["two"].other.steps == 1
     assert (tmp_path / "r.md").read_text(encoding="utf-8") == render(list(kept.values()))
     assert neighbours_on_pixels(tmp_path / "runs" / "one") == 1
-    with pytest.raises(ValueError, match="names must be among one, two, broken, absent, got 'three'"):
+    with pytest.raises(ValueError, match="names must be among one, two, judged, broken, absent, got 'three'"):
         run(replace(settings, names=("three",)))
     assert run(replace(settings, list=True)) == 0
