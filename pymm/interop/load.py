@@ -20,6 +20,7 @@ from pymm.layers import (
     resample_relative_position,
 )
 from pymm.models.clip import CLIP
+from pymm.models.mae import MAEDecoder
 from pymm.ops._checks import fail, shape
 
 _HOLDERS = ("state_dict", "model", "module")
@@ -175,7 +176,7 @@ def _resampled(model: nn.Module, name: str, value: Tensor) -> Tensor | None:
     module = model.get_submodule(path)
     if isinstance(module, RelativePositionBias):
         return _resampled_table(module, value)
-    if parameter != "position" or not isinstance(module, (PatchEmbed, AttentionPool2d)):
+    if parameter != "position" or not isinstance(module, (PatchEmbed, AttentionPool2d, MAEDecoder)):
         return None
     prefix = module.position_prefix if isinstance(module, PatchEmbed) else 1
     position = module.position

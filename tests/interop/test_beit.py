@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pymm
-from pymm.interop import load_state
+from pymm.interop import load_state, to_donor
 from pymm.models import BEiT, BEiTSpec, beit, describe
 from pymm.objectives import MaskedTokens
 from tests.interop.compare import GRADIENT, check_way_back, compare, error, randomize
@@ -147,6 +147,17 @@ def test_files(transformers: Any, tmp_path: Path, kind: str) -> None:
         assert error(ours.forward_features(pixels), features) < 1e-5
     extra = ("lm_head.", "beit.embeddings.mask_token")
     check_way_back(ours, "transformers", {k: v for k, v in state.items() if not k.startswith(extra)})
+
+
+@pytest.mark.parametrize("name", ["beit_mini_patch8_64", "beit_mini_patch8_64_pretraining"])
+@pytest.mark.parametrize("donor", ["timm", "transformers"])
+def test_rows_are_found(name: str, donor: str) -> None:
+    """By names and shapes, at another resolution."""
+    model: Any = pymm.create_model(name, image_size=32).eval()
+    found: Any = pymm.load(to_donor(model, donor))
+    assert found.image_size == 32
+    pixels = torch.randn(1, 3, 32, 32)
+    assert torch.equal(found.forward_features(pixels), model.forward_features(pixels))
 
 
 def test_rows_are_timms(timm: Any) -> None:

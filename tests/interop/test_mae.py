@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_authors_encoder_is_timms(transformers: Any) -> None:
     names = {n for n in to_donor(ours, "MAE's authors") if not n.startswith(("decoder", "mask_token"))}
     row = ViTSpec("test", 8, 48, 3, 3, 192, 0, "test", image_size=32, num_classes=0)
     assert names == set(to_donor(vit.build(row), "timm"))
+
+
+def test_other_resolution() -> None:
+    """Both halves' positions are interpolated as the weights are read."""
+    source, target = mae.build(ROW), mae.build(replace(ROW, image_size=48))
+    report = load_state(target, source.state_dict())
+    assert report.complete
+    assert set(report.resampled) == {"encoder.embed.position", "decoder.position"}
+    pixels, keep = torch.randn(1, 3, 48, 48), torch.tensor([[0, 7, 35]])
+    torch.testing.assert_close(target(pixels, keep), source(pixels, keep))
+
+
+@pytest.mark.parametrize("donor_name", ["transformers", "MAE's authors"])
+def test_rows_are_found(donor_name: str) -> None:
+    model = pymm.create_model("mae_vit_mini_patch8_64", image_size=32).eval()
+    found = pymm.load(to_donor(model, donor_name))
+    pixels, keep = torch.randn(1, 3, 32, 32), torch.tensor([[0, 7, 15]])
+    assert torch.equal(found(pixels, keep), model(pixels, keep))
 
 
 @pytest.mark.parametrize("pool", ["class", "mean"])
