@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Codebook(nn.Module):
     forward pass moves the codes: each is the direction of a moving average of the vectors that chose it (van
     den Oord et al., app. A.1). They start at vectors of the first batch, and one that is hardly chosen starts
     anew, drawn with torch's generator (Dhariwal et al. 2020, arXiv:2005.00341, sec. 3.1). Gradients pass
-    straight through.
+    straight through. Codes are float32 whatever the type of the model.
 
     Args:
         codes: V.
@@ -38,6 +39,8 @@ class Codebook(nn.Module):
         decay: of the moving averages, in [0, 1).
         revive_below: a code that is chosen less often than that share of the mean starts anew.
     """
+
+    stays_float32 = True
 
     weight: Tensor
     count: Tensor
@@ -93,6 +96,14 @@ class Codebook(nn.Module):
         drawn = rows[torch.randint(len(rows), (int(which.sum()),), device=rows.device)]
         mean = len(rows) / len(which)
         self.total[which], self.weight[which], self.count[which] = drawn * mean, drawn, mean
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """Codes move to another device and stay float32: half precision would lose what a step adds."""
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            moved = fn(buffer)
+            self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"codes={self.weight.shape[0]}, width={self.weight.shape[1]}"

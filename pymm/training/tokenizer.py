@@ -33,7 +33,8 @@ def train_tokenizer(settings: TokenizerSettings, *, on_step: OnStep = None) -> R
     """Train an image tokenizer (van den Oord et al. 2017, arXiv:1711.00937), or go on with a run.
 
     `settings.run.out` receives `settings.json`, `log.jsonl`, `checkpoints/` and, at the end,
-    `model.safetensors`; `load_run` reads them, and `pymm train beit` learns its tokens.
+    `model.safetensors`; `load_run` reads them, and `pymm train beit` learns its tokens. Under
+    torchrun the codes follow the main process's pictures.
 
     Args:
         settings: the model, the data and the run.

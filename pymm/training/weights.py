@@ -191,9 +191,12 @@ def check_names(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], what: s
 
 
 def _cast(model: nn.Module) -> None:
-    """To bfloat16 in place, but for scalars and batch norms, whose running statistics move by small steps."""
+    """To bfloat16 in place, but for scalars and for modules whose buffers move by small steps.
+
+    These are batch norms, and those that say `stays_float32`.
+    """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "stays_float32", False):
             continue
         for p in module.parameters(recurse=False):
             if p.ndim > 0:

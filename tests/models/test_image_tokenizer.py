@@ -71,6 +71,15 @@ def test_codes_start_at_vectors_of_the_first_batch() -> None:
     assert (book.weight @ z.T).max(1).values.min() > 0.9
 
 
+def test_codes_stay_float32() -> None:
+    model = build(ROW).bfloat16()
+    before = model.codebook.weight.clone()
+    assert {b.dtype for b in model.codebook.buffers()} == {torch.float32}
+    assert build(ROW).to("meta").codebook.weight.is_meta
+    assert model(torch.randn(2, 3, 32, 32)).pixels.dtype == torch.bfloat16
+    assert not torch.equal(model.codebook.weight, before)
+
+
 def test_tokens_and_back() -> None:
     model, pixels = build(ROW).eval(), torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     result = model(pixels)

@@ -209,6 +209,26 @@ def test_eval_draws(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -
         assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 50
 
 
+@pytest.mark.parametrize("precision", ["bf16-autocast", "bf16"])
+def test_half_precision(pictures: Path, tokenizer_run: Path, tmp_path: Path, precision: Any) -> None:
+    """Two steps of each, and weights that are finite."""
+    small = [
+        (train_mae, mae_settings(pictures, tmp_path / "mae", 2)),
+        (train_beit, beit_settings(pictures, tokenizer_run, tmp_path / "beit")),
+        (
+            train_tokenizer,
+            TokenizerSettings(
+                model=TokenizerModelSettings(image_size=SIDE), **common(pictures, tmp_path / "tokenizer", 2)
+            ),
+        ),
+    ]
+    for train, settings in small:
+        asked: Any = replace(settings, precision=precision, schedule=ScheduleSettings(steps=2))
+        result = train(asked)
+        assert result.weights is not None
+        assert all(t.isfinite().all() for t in load_file(result.weights).values())
+
+
 def test_tokenizer_gives_back_its_run(tokenizer_run: Path) -> None:
     run = load_run(tokenizer_run)
     assert isinstance(run, TokenizerRun)
