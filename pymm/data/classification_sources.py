@@ -138,6 +138,7 @@ def read_pictures(
         source: one of these.
         part: `"all"` is both.
         label: field of the JSON that is the class; by default `"group"` for emoji, else `.cls` or `"label"`.
+            An empty one asks for no class: the pictures of shards are then all of one.
         test_share: about that share is tested where the source does not say it, in (0, 1).
         split_seed: another seed, another split.
         limits: sizes beyond which a member of a shard is skipped.
@@ -280,6 +281,8 @@ def _shards(shards: list[str], label: str | None, limits: Limits) -> Pictures:
 
 
 def _class_of(sample: Mapping[str, Any], label: str | None) -> str | None:
+    if label == "":
+        return "picture"
     try:
         if label is None and "cls" in sample:
             return str(sample["cls"].decode().strip()) or None

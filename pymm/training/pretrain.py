@@ -93,7 +93,7 @@ def pretrain(
 def tested_batches(settings: PictureTask, image: Any) -> PictureLoader:
     """Every picture of the test part, or of the sources that the evaluation names, once and in order."""
     data, asked = settings.data, settings.evaluation
-    read = [read_pictures(source, "all", label=data.label) for source in asked.source]
+    read = [read_pictures(source, "all", label=data.label or "") for source in asked.source]
     return PictureLoader(
         join_pictures(read) if read else _part(data, "test"),
         transform=EvalTransform(size=image.image_size, output="uint8", background=data.augment.background),
@@ -104,8 +104,9 @@ def tested_batches(settings: PictureTask, image: Any) -> PictureLoader:
 
 
 def _part(data: PictureSettings, part: Any) -> Pictures:
+    """A part of the pictures. Nobody asks what is on them, so shards need not say it."""
     return read_pictures(
-        data.source, part, label=data.label, test_share=data.test_share, split_seed=data.split_seed
+        data.source, part, label=data.label or "", test_share=data.test_share, split_seed=data.split_seed
     )
 
 

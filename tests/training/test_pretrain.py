@@ -29,6 +29,7 @@ from pymm.training.pretrain_settings import (
 )
 from pymm.training.task_settings import AdamWSettings, RunSettings, ScheduleSettings
 from pymm.training.tokenizer import TokenizerRun, train_tokenizer
+from tests.data.shards import samples, write
 
 SIDE = 32
 
@@ -117,6 +118,15 @@ def test_mae_loads_and_scores_as_at_its_end(mae_run: Path) -> None:
     last = [line["evaluation"] for line in read_log(mae_run / LOG) if "evaluation" in line][-1]
     assert run.evaluate() == pytest.approx(last, rel=1e-5)
     assert not run.model.encoder.embed.position.requires_grad
+
+
+def test_shards_need_no_classes(tmp_path: Path) -> None:
+    """As those of `pymm data scenes`, whose pictures have captions and boxes."""
+    source = str(write(tmp_path / "scenes.tar", samples(0, 40)))
+    settings = mae_settings(Path(source), tmp_path / "run", 2)
+    result = train_mae(settings)
+    assert result.evaluation is not None
+    assert 1 <= result.evaluation["pictures"] < 24
 
 
 def test_mae_is_continued_in_the_same_bits(mae_run: Path, pictures: Path, tmp_path: Path) -> None:
