@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,14 @@ def test_another_number_of_classes(torchvision: Any) -> None:
     assert not report.unused
     assert torch.equal(ours.head.weight, before)
     assert torch.equal(ours.mlp.fc1.weight, theirs.classifier[0].weight)
+
+
+def test_a_file_of_torchvisions_weights(torchvision: Any, tmp_path: Path) -> None:
+    """As it is downloaded: a pickle, from which `pymm.load` makes the model."""
+    theirs = torchvision.models.resnet18().eval()
+    randomize(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    ours = pymm.load(tmp_path / "resnet18-f37072fd.pth")
+    assert (ours.arch, ours.load_report.donor) == ("resnet18", "torchvision or timm")
+    pixels = torch.randn(2, 3, 96, 96)
+    assert error(ours(pixels), theirs(pixels)) < 1e-5
