@@ -1,4 +1,4 @@
-"""The names of vision transformers in timm and torchvision."""
+"""The names of vision transformers in timm and torchvision, and of DeiT in transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pymm.interop.rules import BATCH_OF_ONE, Form, KeyMap, Rule
+from pymm.interop.transformers_maps import vit_embed, vit_file_blocks, vit_model_blocks
 from pymm.layers import MeanToken
 from pymm.models.deit import DeiT
 from pymm.models.vit import VisionTransformer
@@ -68,6 +69,18 @@ def _has_registers_alone(model: nn.Module) -> bool:
     return not _has_class_token(model)
 
 
+def _transformers_distilled(blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    tokens = ("deit.embeddings.cls_token", "deit.embeddings.distillation_token")
+    return (
+        Rule(r"embed\.prefix", tokens, Form(_joined, _first_and_rest)),
+        *vit_embed("", "deit."),
+        *blocks,
+        Rule(r"norm\.(.*)", (r"deit.layernorm.\1",)),
+        Rule(r"head\.classes\.(.*)", (r"cls_classifier.\1",)),
+        Rule(r"head\.distilled\.(.*)", (r"distillation_classifier.\1",)),
+    )
+
+
 MAPS = (
     KeyMap(("timm",), VisionTransformer, (*_TIMM, *_TIMM_CLASS), fits=_has_class_token),
     KeyMap(
@@ -78,5 +91,16 @@ MAPS = (
         fits=_has_registers_alone,
     ),
     KeyMap(("timm",), DeiT, _TIMM_DISTILLED),
+    KeyMap(
+        ("transformers",),
+        DeiT,
+        _transformers_distilled(vit_file_blocks(r"blocks\.", "deit.encoder.layer.")),
+    ),
+    KeyMap(
+        ("transformers",),
+        DeiT,
+        _transformers_distilled(vit_model_blocks(r"blocks\.", "deit.layers.")),
+        variant="as its models have it",
+    ),
     KeyMap(("torchvision",), VisionTransformer, _TORCHVISION),
 )

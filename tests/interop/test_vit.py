@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import pymm
 from pymm.interop import load_state
 from pymm.models import DeiTSpec, ViTSpec, deit, vit
-from tests.interop.compare import compare, error, randomize
+from tests.interop.compare import check_way_back, compare, error, randomize
 
 ROW = ViTSpec("test", 8, 48, 3, 3, 192, 0, "test", image_size=32, num_classes=10)
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -121,6 +121,27 @@ def test_transformers_without_a_head(transformers: Any, tmp_path: Path) -> None:
     ours, pixels = vit.build(replace(ROW, num_classes=0)), torch.randn(2, 3, 32, 32)
     assert load_state(ours, load_file(tmp_path / "model.safetensors")).complete
     assert error(ours.forward_features(pixels), theirs(pixels).last_hidden_state) < 1e-5
+
+
+def test_transformers_distilled(transformers: Any, tmp_path: Path) -> None:
+    """The names of its models, with gradients, and those of its files."""
+    sizes = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
+    config = transformers.DeiTConfig(**sizes, image_size=32, patch_size=8, layer_norm_eps=1e-6, num_labels=10)
+    theirs = transformers.DeiTForImageClassificationWithTeacher(config).eval()
+    row, pixels = DeiTSpec("test", 8, 48, 3, 3, 0, image_size=32, num_classes=10), torch.randn(2, 3, 32, 32)
+
+    def run(model: Any) -> tuple[torch.Tensor, ...]:
+        if isinstance(model, deit.DeiT):
+            return model(pixels), *model.forward_apart(pixels)
+        result = model(pixels)
+        return result.logits, result.cls_logits, result.distillation_logits
+
+    compare(deit.build(row), theirs, run)
+    theirs.save_pretrained(tmp_path)
+    state, ours = load_file(tmp_path / "model.safetensors"), deit.build(row)
+    assert load_state(ours, state).complete
+    assert error(ours(pixels), theirs(pixels).logits) < 1e-5
+    check_way_back(ours, "transformers", state)
 
 
 def test_torchvision() -> None:
