@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,24 +49,29 @@ def identify(tensors: Mapping[str, Tensor], config: Mapping[str, Any], arch: str
     if arch is None:
         arch = str(config.get("architecture", "")).partition(".")[0]  # timm's, in front of a tag
         arch = arch if arch in list_models() else _row(shapes, config)
-    with torch.device("meta"):
-        model = create_model(arch)
+    model = _on_meta(arch)
     return _sized(arch, model, match(model, shapes))
+
+
+@lru_cache(maxsize=128)
+def _on_meta(name: str) -> nn.Module:
+    """The names and shapes of a row; what building dozens of them costs is paid once."""
+    with torch.device("meta"):
+        return create_model(name)
 
 
 def _row(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     total = sum(t.numel() for t in shapes.values())
     # Of rows of the same sizes the first is taken, so DeiT comes behind ViT.
     rows = sorted((describe(name) for name in list_models()), key=lambda row: row.name.startswith("deit"))
-    faults: dict[str, tuple[int, int]] = {}
+    faults: dict[str, tuple[int, int, int]] = {}
     for row in rows:
         if total / _SPREAD <= row.parameters <= total * _SPREAD:
-            with torch.device("meta"):
-                model = create_model(row.name)
+            model = _on_meta(row.name)
             found = match(model, shapes)
             other = _other_shapes(model, found)
             if all(map(_may_differ, other)) and all(name.startswith(_OPTIONAL) for name in found.missing):
-                faults[row.name] = (len(found.missing) + len(found.unused), len(other))
+                faults[row.name] = (len(found.unused), len(found.missing), len(other))
     best = [name for name, fault in faults.items() if fault == min(faults.values())]
     activation = _activation(shapes, config)
     if len(best) > 1 and activation is not None:
@@ -89,6 +95,8 @@ def _sizes_of(name: str) -> tuple[Any, ...]:
 
 
 _OPTIONAL = ("head.", "logit_")
+# The classifiers; DeiT has two.
+_HEADS = ("head.weight", "head.classes.weight")
 
 
 def _may_differ(name: str) -> bool:
@@ -115,11 +123,11 @@ def _sized(arch: str, model: nn.Module, found: Match) -> Found:
     targets = model.state_dict()
     for name in _other_shapes(model, found):
         value = found.values[name]
-        if name == "head.weight" and value.ndim == 2 and value.shape[1] == targets[name].shape[1]:
+        if name in _HEADS and value.ndim == 2 and value.shape[1] == targets[name].shape[1]:
             classes = value.shape[0]
         elif name.endswith(("position", ".table")) and value.ndim == 2:
             side = _side(model, name, value.shape[0]) or side
-    if found.values and "head.weight" in found.missing:
+    if found.values and not set(_HEADS).isdisjoint(found.missing):
         classes = 0
     return Found(arch, None if isinstance(model, CLIP) else classes, side)
 

@@ -174,3 +174,12 @@ def test_transformers_row(transformers: Any) -> None:
         ours = pymm.create_model("vit_base_patch16_224")
     assert load_state(ours, theirs.state_dict()).complete
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_distilled_row_is_found(timm: Any) -> None:
+    """With the classes of the checkpoint, or none."""
+    for classes in (7, 0):
+        theirs = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=classes)
+        ours = pymm.load(theirs.state_dict())
+        assert isinstance(ours, deit.DeiT)
+        assert ours.num_classes == classes
