@@ -13,7 +13,7 @@
 
 namespace pymm {
 
-// The least and the largest magnitude of one factor of G, zeros aside.
+// The least and the largest magnitude of one factor of G, zeros and NaN aside.
 struct Magnitudes {
   double least = std::numeric_limits<double>::infinity(), largest = 0;
 
@@ -21,9 +21,8 @@ struct Magnitudes {
   Magnitudes& add(const Numbers& numbers) {
     for (const auto number : numbers) {
       const double magnitude = std::fabs(static_cast<double>(number));
-      if (magnitude == 0) continue;
-      if (!(magnitude >= least)) least = magnitude;  // NaN stays
-      if (!(magnitude <= largest)) largest = magnitude;
+      if (magnitude > largest) largest = magnitude;
+      if (magnitude > 0 && magnitude < least) least = magnitude;
     }
     return *this;
   }

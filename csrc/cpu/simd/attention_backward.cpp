@@ -171,13 +171,14 @@ struct Backward {
 
   static void write_dq(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& to,
                        const BackwardPlan& plan) {
-    const V factor = broadcast<Acc>(static_cast<Acc>(call.scale) / plan.power);
+    const Acc inverse = 1 / plan.power;
+    const V factor = broadcast<Acc>(static_cast<Acc>(call.scale) * inverse);
     for_runs(0, plan.rows, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
       for (int64_t i = 0; i < run; ++i) {
         const Acc* from = plan.dq + (done + i) * plan.width;
         if (to.dq_partial) {
           Acc* part = static_cast<Acc*>(to.dq_partial) + (done + i) * call.d;
-          for (int64_t d = 0; d < call.d; ++d) part[d] = from[d] / plan.power;
+          for (int64_t d = 0; d < call.d; ++d) part[d] = from[d] * inverse;
           continue;
         }
         T* row = to.dq.at<T>(query_head, t + i);
