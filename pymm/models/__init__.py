@@ -35,6 +35,7 @@ from pymm.models.image_tokenizer import ImageTokenizer, ImageTokenizerSpec
 from pymm.models.lenet import LeNetSpec
 from pymm.models.mae import MAE, MAESpec
 from pymm.models.rcnn import RCNN, Detections, RCNNSpec
+from pymm.models.regions import GridFeatures, RegionExtractor, Regions
 from pymm.models.resnet import ResNet, ResNetSpec
 from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
@@ -153,11 +154,14 @@ __all__ = [
     "DeiT",
     "DeiTSpec",
     "Detections",
+    "GridFeatures",
     "ImageTokenizer",
     "ImageTokenizerSpec",
     "LeNetSpec",
     "MAESpec",
     "RCNNSpec",
+    "RegionExtractor",
+    "Regions",
     "ResNet",
     "ResNetSpec",
     "Spec",

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from pymm.training.classify import ClassifyRun, train_classify
     from pymm.training.classify_settings import ClassifySettings
     from pymm.training.clip import ClipRun, train_clip
+    from pymm.training.detect import DetectRun, train_detect
+    from pymm.training.detect_settings import DetectSettings
     from pymm.training.errors import CheckpointError, NonFiniteError, SettingsError, TrainingError
     from pymm.training.loop import RunResult, Trainer
     from pymm.training.runs import Run, load_run
@@ -31,6 +33,8 @@ _PARTS = {
     "classify": ("ClassifyRun", "train_classify"),
     "classify_settings": ("ClassifySettings",),
     "clip": ("ClipRun", "train_clip"),
+    "detect": ("DetectRun", "train_detect"),
+    "detect_settings": ("DetectSettings",),
     "errors": ("CheckpointError", "NonFiniteError", "SettingsError", "TrainingError"),
     "loop": ("RunResult", "Trainer"),
     "runs": ("Run", "load_run"),
@@ -58,6 +62,8 @@ __all__ = [
     "ClipRun",
     "ClipSettings",
     "DataSettings",
+    "DetectRun",
+    "DetectSettings",
     "EvaluationSettings",
     "ModelSettings",
     "NonFiniteError",
@@ -75,6 +81,7 @@ __all__ = [
     "load_settings",
     "train_classify",
     "train_clip",
+    "train_detect",
 ]
 
 

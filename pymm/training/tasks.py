@@ -86,6 +86,13 @@ TASKS = (
         "pymm.training.beit:train_beit",
         "pymm.training.beit:BEiTRun",
     ),
+    Task(
+        "detect",
+        "Train a detector on synthetic scenes, or continue a run.",
+        "pymm.training.detect_settings:DetectSettings",
+        "pymm.training.detect:train_detect",
+        "pymm.training.detect:DetectRun",
+    ),
 )
 
 
