@@ -125,8 +125,11 @@ def measure(workload: Workload, dtype: torch.dtype, settings: Settings) -> dict[
         calls[f"{word}, eager"] = of(run)
         if settings.compiled:
             calls[f"{word}, compiled"] = of(torch.compile(run))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # whose products the counter does not see
     with FlopCounterMode(display=False) as counter:
         calls["before, eager"]()
+    torch.backends.mha.set_fastpath_enabled(fast)
     for call in calls.values():
         call()
         call()
