@@ -17,7 +17,7 @@ from pymm.benchmarks.systems_baselines import (
     neighbours_on_pixels,
     nothing_explained,
 )
-from pymm.benchmarks.systems_detection import ap50_of_wrong_names, ap50_on_scenes
+from pymm.benchmarks.systems_detection import ap50_of_one_name, ap50_of_wrong_names, ap50_on_scenes
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,12 @@ ROWS = (
         Baseline("the same windows and scores, each with the next class's name", ap50_of_wrong_names),
         metric="AP50",
         judge=ap50_on_scenes,
+    ),
+    System(
+        "rcnn-scenes", "Faster R-CNN, tiny", "2,000 synthetic scenes of 20 classes, 200 others tested",
+        _words("detect --data.source scenes:count=2000,classes=20 --schedule.steps 2000"),
+        Baseline("the true boxes, all with the most frequent name", ap50_of_one_name),
+        metric="ap50",
     ),
     System(
         "resnet-transfer", "ResNet, tiny, fine-tuned from the CLIP above", _EMOJI,
