@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pymm.layers import MLP, Attention, Blocks, Linear, TokenEmbed
+from pymm.models.text_network import TextNetwork
 from pymm.ops._checks import fail, shape
 from pymm.ops.linear import Activation
 
@@ -85,7 +86,7 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(x[:, 0]))
 
 
-class Bert(nn.Module):
+class Bert(TextNetwork):
     """A bidirectional transformer over text (Devlin et al. 2019, arXiv:1810.04805, sec. 3). No dropout.
 
     Padding is what the caller says, or else the zeros at the end of a row: `[PAD]` in BERT's vocabularies,
@@ -103,32 +104,10 @@ class Bert(nn.Module):
     def __init__(
         self, embed: TokenEmbed, types: int, norm: nn.Module, blocks: Blocks, pool: nn.Module, head: nn.Module
     ) -> None:
-        super().__init__()
-        self.embed, self.norm, self.blocks, self.pool, self.head = embed, norm, blocks, pool, head
+        super().__init__(embed, blocks, norm, head)
+        self.pool = pool
         self.types = nn.Parameter(torch.empty(types, embed.weight.shape[1]))
         nn.init.normal_(self.types, std=0.02)
-
-    @property
-    def context_length(self) -> int:
-        return self.embed.position.shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embed.weight.shape[0]
-
-    @property
-    def num_features(self) -> int:
-        """C, the width of a token."""
-        return self.embed.weight.shape[1]
-
-    @property
-    def num_classes(self) -> int:
-        """E, the size of the head's result; 0 without a head."""
-        return self.head.out_features if isinstance(self.head, Linear) else 0
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept."""
-        self.blocks.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of two dimensions that an optimizer should not decay."""

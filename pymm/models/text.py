@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pymm.layers import Blocks, Linear, TokenEmbed, transformer_blocks
+from pymm.layers import Linear, TokenEmbed, transformer_blocks
+from pymm.models.text_network import TextNetwork
 from pymm.ops.linear import Activation
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(TextNetwork):
     """A causal transformer read at its end token (Radford et al. 2021, arXiv:2103.00020, sec. 2.4).
 
     The end token has the highest id of the vocabulary, so it stands where the ids are largest; what follows
@@ -23,32 +24,6 @@ class TextTransformer(nn.Module):
         norm: after the blocks.
         head: the projection.
     """
-
-    def __init__(self, embed: TokenEmbed, blocks: Blocks, norm: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.embed, self.blocks, self.norm, self.head = embed, blocks, norm, head
-
-    @property
-    def context_length(self) -> int:
-        return self.embed.position.shape[0]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.embed.weight.shape[0]
-
-    @property
-    def num_features(self) -> int:
-        """C, the width of a token."""
-        return self.embed.weight.shape[1]
-
-    @property
-    def num_classes(self) -> int:
-        """E, the size of the head's result; 0 without a head."""
-        return self.head.out_features if isinstance(self.head, Linear) else 0
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether a block's activations are computed again in the backward pass instead of kept."""
-        self.blocks.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of two dimensions that an optimizer should not decay."""
