@@ -177,6 +177,9 @@ def gpu_workloads() -> Iterator[tuple[Op, Workload, bool]]:
     yield *of("attention_varlen", f"{len(lengths)} sequences of 50 to 577, H12 D64", gemm, lambda: (
         (*(rand(total, 12, 64) for _ in range(3)), starts.clone(), starts.clone()), {})), False  # fmt: skip
     yield REGISTRY["info_nce"], pairs(262144, 512), False
+    for name in ("roi_align", "nms"):  # without a kernel for a GPU: what their references take there
+        for workload in REGISTRY[name].workloads():
+            yield REGISTRY[name], workload, False
 
 
 def _with_bias(workload: Workload) -> Workload:
@@ -189,7 +192,8 @@ def _with_bias(workload: Workload) -> Workload:
 
 def measured(op: Op, workload: Workload, compiled: bool) -> dict[str, Any]:
     """One row: milliseconds (median, 20th, 80th percentile) of every contestant, and ours' peak memory."""
-    row: dict[str, Any] = {"op": op.name, "workload": workload.label, "dtype": "bfloat16"}
+    dtype = str(workload.dtype).removeprefix("torch.")
+    row: dict[str, Any] = {"op": op.name, "workload": workload.label, "dtype": dtype}
     torch.cuda.empty_cache()
     torch.manual_seed(0)
     args, kwargs = workload.make(workload.dtype)
@@ -198,7 +202,7 @@ def measured(op: Op, workload: Workload, compiled: bool) -> dict[str, Any]:
         times: dict[str, Any] = {}
         for name, function, context in _contestants(op, args, compiled):
             try:
-                call = _call(op, function, context, args, kwargs, backward)
+                call = _call(workload.fixed, function, context, args, kwargs, backward)
                 call()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -228,7 +232,9 @@ def _contestants(op: Op, args: Any, compiled: bool) -> Iterator[tuple[str, Calla
         yield "compiled", torch.compile(op.eager), nullcontext
 
 
-def _call(op: Op, function: Any, context: Any, args: Any, kwargs: Any, backward: bool) -> Callable[[], Any]:
+def _call(
+    fixed: tuple[int | str, ...], function: Any, context: Any, args: Any, kwargs: Any, backward: bool
+) -> Callable[[], Any]:
     leaves: list[Tensor] = []
 
     def leaf(value: Any) -> Any:
@@ -237,7 +243,8 @@ def _call(op: Op, function: Any, context: Any, args: Any, kwargs: Any, backward:
         leaves.append(value.detach().requires_grad_())
         return leaves[-1]
 
-    args, kwargs = [leaf(a) for a in args], {k: leaf(v) for k, v in kwargs.items()}
+    args = [a if i in fixed else leaf(a) for i, a in enumerate(args)]
+    kwargs = {k: v if k in fixed else leaf(v) for k, v in kwargs.items()}
 
     def forward() -> Tensor:
         with context():
