@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tests.torchvision_shim import prepare
+
 THREADS = 2
 M_PERTURB = -6  # mallopt: fill what malloc hands out and what is freed
 
@@ -26,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     torch.set_num_threads(THREADS)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    prepare()  # before a test imports torchvision, and does it half
 
 
 @pytest.fixture(autouse=True)
