@@ -49,16 +49,15 @@ def _model_blocks() -> tuple[Rule, ...]:
     )
 
 
-def _transformers(block: str, blocks: tuple[Rule, ...], bias: Rule, final_norm: str) -> tuple[Rule, ...]:
+def _transformers(block: str, blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return (
         Rule(r"embed\.(weight|bias)", (r"beit.embeddings.patch_embeddings.projection.\1",)),
         Rule(r"embed\.prefix", ("beit.embeddings.cls_token",), BATCH_OF_ONE),
-        bias,
         Rule(_OURS + r"norm1\.(.*)", (block + r"layernorm_before.\2",)),
         Rule(_OURS + r"norm2\.(.*)", (block + r"layernorm_after.\2",)),
         *blocks,
         Rule(_OURS + r"scale([12])", (block + r"lambda_\2",)),
-        Rule(r"norm\.(.*)", (final_norm + r".\1",)),
+        Rule(r"norm\.(.*)", (r"layernorm.\1",)),
         Rule(r"pool\.norm\.(.*)", (r"beit.pooler.layernorm.\1",)),
         Rule(r"head\.(.*)", (r"classifier.\1",)),
     )
@@ -82,44 +81,27 @@ _SHARED = Rule(r"biases\.0\.table", (f"beit.encoder.{_TABLE}",))
 _APART_MODEL = Rule(r"biases\.(\d+)\.table", (rf"beit.layers.\1.{_TABLE}",))
 _SHARED_MODEL = Rule(r"biases\.0\.table", ("beit.shared_position_bias.relative_position_bias_table",))
 
+
+def _layouts(
+    donors: tuple[str, ...], rules: tuple[Rule, ...], apart: Rule, shared: Rule, variant: str = ""
+) -> tuple[KeyMap, KeyMap]:
+    """The maps of one set of names, for a bias in each block and for one that all blocks share."""
+    with_shared = ", ".join(filter(None, (variant, "a shared bias")))
+    return (
+        KeyMap(donors, BEiT, (*rules, apart), variant, _IGNORED, _is_apart),
+        KeyMap(donors, BEiT, (*rules, shared), with_shared, _IGNORED, _is_shared),
+    )
+
+
 MAPS = (
-    KeyMap(("timm", "BEiT's authors"), BEiT, (*_AUTHORS, _AUTHORS_APART), ignored=_IGNORED, fits=_is_apart),
-    KeyMap(
-        ("timm", "BEiT's authors"),
-        BEiT,
-        (*_AUTHORS, _AUTHORS_SHARED),
-        variant="a shared bias",
-        ignored=_IGNORED,
-        fits=_is_shared,
-    ),
-    KeyMap(
+    *_layouts(("timm", "BEiT's authors"), _AUTHORS, _AUTHORS_APART, _AUTHORS_SHARED),
+    *_layouts(("transformers",), _transformers(_FILE, _file_blocks()), _APART, _SHARED),
+    *_layouts(
         ("transformers",),
-        BEiT,
-        _transformers(_FILE, _file_blocks(), _APART, "layernorm"),
-        ignored=_IGNORED,
-        fits=_is_apart,
-    ),
-    KeyMap(
-        ("transformers",),
-        BEiT,
-        _transformers(_FILE, _file_blocks(), _SHARED, "layernorm"),
-        variant="a shared bias",
-        ignored=_IGNORED,
-        fits=_is_shared,
-    ),
-    KeyMap(
-        ("transformers",),
-        BEiT,
-        _transformers(_MODEL, _model_blocks(), _APART_MODEL, "layernorm"),
-        variant="as its models have it",
-        ignored=_IGNORED,
-    ),
-    KeyMap(
-        ("transformers",),
-        BEiT,
-        _transformers(_MODEL, _model_blocks(), _SHARED_MODEL, "layernorm"),
-        variant="as its models have it, a shared bias",
-        ignored=_IGNORED,
+        _transformers(_MODEL, _model_blocks()),
+        _APART_MODEL,
+        _SHARED_MODEL,
+        "as its models have it",
     ),
     # Each block of a classifier begins with the bias that pretraining had for all of them.
     KeyMap(
