@@ -1,8 +1,8 @@
 // What every CUDA kernel needs: the launch, element types, and tensors of the stable ABI.
 //
 // The same source also compiles as C++, for tests on machines without a GPU (tests/cuda/emulation.h): there each
-// block's threads are real threads, one block after another. So kernels use only what both have: PYMM_SHARED,
-// PYMM_SYNC, PYMM_LAUNCH and the plain C++ of this header.
+// block's threads are fibers, one block after another. So kernels use only what both have: the PYMM_ names and the
+// plain C++ of this header, and the warp's instructions of tensor_core.h.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +14,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__CUDACC__)
@@ -26,7 +28,11 @@
 #define PYMM_DEVICE __device__ __forceinline__
 #define PYMM_GLOBAL __global__
 #define PYMM_SHARED __shared__
+#define PYMM_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define PYMM_SYNC() __syncthreads()
+#define PYMM_SYNC_WARP() __syncwarp()
+#define PYMM_UNROLL _Pragma("unroll")
+#define PYMM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
 #define PYMM_DISPATCH_KEY CUDA
 #else
 #include "emulation.h"
@@ -65,12 +71,30 @@ inline void check_launch(const char* kernel) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, ": the launch failed: ", cudaGetErrorString(error));
 }
 
-#define PYMM_LAUNCH(kernel, grid, threads, stream, ...)          \
-  do {                                                           \
-    (kernel)<<<grid, threads, 0, (stream).get()>>>(__VA_ARGS__); \
-    ::pymm::cuda::check_launch(#kernel);                         \
+// With dynamic shared memory, of which more than 48 KiB have to be asked for.
+#define PYMM_LAUNCH_SHARED(kernel, grid, threads, bytes, stream, ...)                                  \
+  do {                                                                                                 \
+    const auto chosen_kernel = (kernel);                                                               \
+    const int64_t dynamic_bytes = ::pymm::cuda::shared_bytes(bytes, #kernel);                          \
+    if (dynamic_bytes > (48 << 10)) {                                                                  \
+      cudaFuncSetAttribute(chosen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,                 \
+                           static_cast<int>(dynamic_bytes));                                           \
+    }                                                                                                  \
+    chosen_kernel<<<grid, threads, static_cast<size_t>(dynamic_bytes), (stream).get()>>>(__VA_ARGS__); \
+    ::pymm::cuda::check_launch(#kernel);                                                               \
   } while (0)
 #endif
+
+#define PYMM_LAUNCH(kernel, grid, threads, stream, ...) \
+  PYMM_LAUNCH_SHARED(kernel, grid, threads, 0, stream, __VA_ARGS__)
+
+// The dynamic shared memory of a launch: what every GPU of compute capability 8.0 or later than 8.9 has for one block,
+// less what kernels may hold beside it.
+constexpr int64_t kMostShared = (163 << 10) - (2 << 10);
+inline int64_t shared_bytes(int64_t bytes, const char* kernel) {
+  STD_TORCH_CHECK(bytes <= kMostShared, kernel, ": ", bytes, " bytes of shared memory are more than a block has");
+  return bytes;
+}
 
 PYMM_DEVICE float to_float(float x) { return x; }
 PYMM_DEVICE double to_float(double x) { return x; }

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from pymm.ops import _dispatch, _gpu
 from pymm.ops._record import REGISTRY, library_of
+from tests.cuda.compiled import ROOT, load_emulated
 from tests.ops.harness import DTYPES, cases, run, sample_of
 from tests.ops.test_records import check
 
-ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NAMES = {source.stem for source in SOURCES}
 CASES = [pytest.param(n, i, id=f"{n}-{label}".replace(" ", "_")) for n, i, label in cases() if n in NAMES]
@@ -22,18 +18,7 @@ CASES = [pytest.param(n, i, id=f"{n}-{label}".replace(" ", "_")) for n, i, label
 
 @pytest.fixture(scope="module")
 def _emulated(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    root = Path(torch.__file__).parent
-    library = tmp_path_factory.mktemp("cuda") / "libpymm_cuda.so"
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", f"-I{ROOT / 'csrc'}"]
-    command += [f"-I{Path(__file__).parent}", "-isystem", str(root / "include")]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-Wall", "-Werror"]
-    command += ["-x", "c++", *map(str, SOURCES), "-x", "none", str(root / "lib" / "libtorch_cpu.so")]
-    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(str(library))
+    load_emulated(SOURCES, tmp_path_factory.mktemp("cuda"))
     for name in NAMES:
         library_of("cuda", REGISTRY[name])
 
