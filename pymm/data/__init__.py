@@ -2,6 +2,8 @@
 
 from pymm.data.classification import LabelledBatch, PictureLoader
 from pymm.data.classification_sources import Pictures, read_pictures
+from pymm.data.detection import BoxedBatch, DetectionLoader
+from pymm.data.detection_sources import BoxedPictures, read_boxed_pictures
 from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
 from pymm.data.loader import Batch, ImageTextLoader
 from pymm.data.masking import block_mask, random_mask
@@ -17,8 +19,11 @@ __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "Batch",
+    "BoxedBatch",
+    "BoxedPictures",
     "Detection",
     "DetectionBatch",
+    "DetectionLoader",
     "EvalTransform",
     "ImageTextLoader",
     "LabelledBatch",
@@ -40,6 +45,7 @@ __all__ = [
     "emoji_shards",
     "list_shards",
     "random_mask",
+    "read_boxed_pictures",
     "read_pictures",
     "unseen_concepts",
 ]

@@ -163,13 +163,15 @@ def read_pictures(
     else:
         pictures, own = _shards(list_shards(source), label, limits), None
     if part != "all":
-        pictures = pictures.where(lambda name: (part == "test") == _tested(name, own, test_share, split_seed))
+        pictures = pictures.where(
+            lambda name: (part == "test") == is_tested(name, own, test_share, split_seed)
+        )
     if not len(pictures):
         fail(WHERE, "source", f"one with pictures in its {part} part", repr(source))
     return pictures
 
 
-def _tested(name: str, own: str | None, share: float, seed: int) -> bool:
+def is_tested(name: str, own: str | None, share: float, seed: int) -> bool:
     """Whether a picture is tested: its name begins with `own`, or, without one, its hash says so."""
     if own is not None:
         return name.startswith(own)

@@ -21,6 +21,7 @@ from pymm.data.transforms import Transform, premultiplied
 
 Row = TypeVar("Row")
 Plan = TypeVar("Plan")
+Made = TypeVar("Made")
 # (what stands for an image, the largest number of pixels) -> the image; raises BadImage.
 Decode = Callable[[Any, int], Image.Image]
 
@@ -144,12 +145,12 @@ class DecodedCache(Generic[Row]):
 
 
 def decoded_in_order(
-    decoder: Dataset[Decoded], jobs: Callable[[], Iterator[tuple[Plan, Any]]], workers: int
-) -> Iterator[tuple[Plan, Decoded]]:
+    decoder: Dataset[Made], jobs: Callable[[], Iterator[tuple[Plan, Any]]], workers: int
+) -> Iterator[tuple[Plan, Made]]:
     """Decode jobs in order, each given with its plan, which waits here while the images are with a worker.
 
     Args:
-        decoder: takes a job, gives the pixels.
+        decoder: takes a job, gives what is made of it.
         jobs: pairs of plan and job.
         workers: processes; 0 decodes in this one.
     """
@@ -165,7 +166,7 @@ def decoded_in_order(
             yield job
 
     # A generator of its own: drawing the workers' seeds must not move the program's random state.
-    loader: DataLoader[Decoded] = DataLoader(
+    loader: DataLoader[Made] = DataLoader(
         decoder, batch_size=None, sampler=_Jobs(sampled), num_workers=workers, generator=torch.Generator()
     )
     for decoded in loader:

@@ -30,6 +30,18 @@ class Detection(NamedTuple):
     visible: Tensor
 
 
+class Truth(NamedTuple):
+    """What is in a picture, for its score.
+
+    `boxes (R, 4)`, left, top, right, bottom in pixels; `labels (R,)` int64 from 1; `crowd (R,)` bool, boxes
+    around many objects, in which a detection is neither right nor wrong.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+
+
 @dataclass
 class DetectionBatch:
     """Pictures of one size with their objects, of which each has its own number; fields as in `Detection`."""
@@ -111,6 +123,15 @@ class SceneDetection(Dataset[Detection]):
         if self._kept is not None:
             self._kept[index] = sample
         return sample
+
+    def truth(self, index: int) -> Truth:
+        """What is in a scene."""
+        sample = self[index]
+        return Truth(sample.boxes, sample.labels, torch.zeros(len(sample.labels), dtype=torch.bool))
+
+    def name(self, index: int) -> str:
+        """What a scene is called."""
+        return f"scene {self.start + index}"
 
 
 def collate(samples: Sequence[Detection]) -> DetectionBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,14 +25,11 @@ from pymm.training import distributed
 from pymm.training.accumulate import Forward, mean_loss
 from pymm.training.checkpoint import list_checkpoints
 from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings, PictureSettings
-from pymm.training.errors import CheckpointError, SettingsError
-from pymm.training.files import write_atomically
+from pymm.training.errors import SettingsError
 from pymm.training.loop import RunResult, Trainer
 from pymm.training.rundir import checkpoints_of
-from pymm.training.runs import Run, begin_run, load_weights
+from pymm.training.runs import Run, begin_run, load_weights, read_classes, write_classes
 from pymm.training.transfer import build_backbone, build_from, describe_init, freeze, learning_rates
-
-CLASSES = "classes.json"
 
 
 def train_classify(
@@ -58,13 +54,11 @@ def train_classify(
         TrainingError: as `Trainer.fit`.
     """
     with begin_run(settings) as world:
-        directory = Path(settings.run.out)
         pictures = pictures_of(settings.data, "train")
         tested = tested_pictures(settings, pictures.classes)
         model = _model(settings, len(pictures.classes), world)
         if world.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / CLASSES, (json.dumps(list(pictures.classes)) + "\n").encode())
+            write_classes(Path(settings.run.out), pictures.classes)
 
         def score(scored: nn.Module, step: int) -> dict[str, Any]:
             return evaluate_classifier(scored, tested_batches(scored, tested, settings), tested.classes)
@@ -208,10 +202,7 @@ class ClassifyRun(Run):
 
     @classmethod
     def load(cls, home: Path, settings: ClassifySettings, weights: Path) -> ClassifyRun:
-        try:
-            classes = tuple(str(name) for name in json.loads((home / CLASSES).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"load_run: {home / CLASSES} cannot be read: {error}") from error
+        classes = read_classes(home)
         asked = settings.model
         model = build_backbone(asked.backbone, len(classes), image_size=asked.image_size)
         return cls(load_weights(model, weights, f"the model {asked.backbone}"), settings, weights, classes)

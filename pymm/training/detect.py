@@ -1,87 +1,41 @@
-"""Training a detector on synthetic scenes, and loading what a run left behind."""
+"""Training a detector, and loading what a run left behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
-from pymm.data.scenes_dataset import SceneDetection, collate
+from pymm.data import BoxedPictures, DetectionLoader, SceneDetection, read_boxed_pictures
+from pymm.data.classification_sources import Part
+from pymm.data.detection import BoxedBatch, DetectionSource
 from pymm.data.scenes_picture import draw_boxes
-from pymm.evaluation.detection import detect, evaluate_detector
+from pymm.evaluation.detection import evaluate_detector
 from pymm.models import RCNN, create_model
 from pymm.objectives import DetectionObjective
 from pymm.training.accumulate import Forward, mean_loss
 from pymm.training.detect_settings import DetectSettings
 from pymm.training.errors import SettingsError
 from pymm.training.loop import RunResult, Trainer
-from pymm.training.runs import Run, begin_run, load_weights
+from pymm.training.runs import CLASSES, Run, begin_run, load_weights, read_classes, write_classes
 
-SHOWN, ENLARGED, COLUMNS = 12, 2, 4  # pictures of `draw`
+SCENES = "scenes:"
+SHOWN, ENLARGED, COLUMNS, LARGEST = 12, 2, 4, 256  # pictures of `draw`
 SURE = 0.5  # the lowest score that `draw` shows
-
-
-@dataclass
-class SceneBatch:
-    """Scenes of one size: `pixels (B, 3, H, W)` uint8, boxes and labels of each, numbers `ids (B,)`."""
-
-    pixels: Tensor
-    boxes: list[Tensor]
-    labels: list[Tensor]
-    ids: Tensor
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> SceneBatch:
-        """The same batch on `device`."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=non_blocking),
-            boxes=[b.to(device, non_blocking=non_blocking) for b in self.boxes],
-            labels=[label.to(device, non_blocking=non_blocking) for label in self.labels],
-            ids=self.ids.to(device, non_blocking=non_blocking),
-        )
-
-
-class SceneLoader:
-    """Batches of scenes, a function of the seed and the epoch alone; `rows` are this process's of each."""
-
-    def __init__(
-        self,
-        scenes: SceneDetection,
-        batch_size: int,
-        rows: slice | range,
-        seed: int,
-        limit: int | None = None,
-    ) -> None:
-        if len(scenes) < batch_size:
-            expected = f"at least {batch_size} scenes, one batch"
-            raise SettingsError(f"settings: data.source must have {expected}, got {len(scenes)}")
-        self.scenes, self.batch_size, self.seed = scenes, batch_size, seed
-        self.rows = slice(rows.start, rows.stop)
-        batches = len(scenes) // batch_size
-        self.batches = batches if limit is None else min(limit, batches)
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[SceneBatch]:
-        """The batches of one epoch, without the first `skip`."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.scenes))
-        for i in range(skip, self.batches):
-            chosen = order[i * self.batch_size : (i + 1) * self.batch_size][self.rows]
-            batch = collate([self.scenes[int(index)] for index in chosen])
-            yield SceneBatch(batch.pixels, batch.boxes, batch.labels, torch.from_numpy(chosen.copy()))
 
 
 def train_detect(
     settings: DetectSettings, *, on_step: Callable[[dict[str, Any]], None] | None = None
 ) -> RunResult:
-    """Train Faster R-CNN (Ren et al. 2015, arXiv:1506.01497) on synthetic scenes, or go on with a run.
+    """Train Faster R-CNN (Ren et al. 2015, arXiv:1506.01497) on pictures with boxes, or go on with a run.
 
-    `settings.run.out` receives `settings.json`, `log.jsonl`, `checkpoints/` and, at the end,
+    `settings.run.out` receives `settings.json`, `classes.json`, `log.jsonl`, `checkpoints/` and, at the end,
     `model.safetensors`; `load_run` reads them. Under torchrun the processes share every batch.
 
     Args:
@@ -93,13 +47,16 @@ def train_detect(
 
     Raises:
         SettingsError: for settings that do not fit the model or the run in that directory.
-        ValueError: for an unknown model, or scenes that cannot be made.
+        ValueError: for an unknown model, or data that yields nothing.
+        FileNotFoundError: when there is no such data.
         TrainingError: as `Trainer.fit`.
     """
     with begin_run(settings) as world:
-        scenes = SceneDetection(settings.data.source)
-        tested = held_out_scenes(settings)
-        model = build_detector(settings, len(scenes.classes))
+        pictures = trained_pictures(settings)
+        tested = tested_pictures(settings, pictures.classes)
+        model = build_detector(settings, len(pictures.classes))
+        if world.is_main:
+            write_classes(Path(settings.run.out), pictures.classes)
 
         def score(scored: nn.Module, step: int) -> dict[str, Any]:
             assert isinstance(scored, RCNN)
@@ -109,9 +66,18 @@ def train_detect(
         forward = detection_loss(objective, settings.data.flip)
         trainer = Trainer(model, mean_loss, settings, forward=forward, evaluate=score, on_step=on_step)
         data = settings.data
-        rows = world.rows(data.batch_size)
-        loader = SceneLoader(scenes, data.batch_size, rows, settings.run.seed, data.batches_per_epoch)
-        return trainer.fit(loader)
+        loader = DetectionLoader(
+            pictures,
+            data.batch_size,
+            world.rows(data.batch_size),
+            settings.run.seed,
+            data.batches_per_epoch,
+            data.workers,
+        )
+        result = trainer.fit(loader)
+        if loader.report.skipped:
+            print(f"data of the last epoch, process {world.rank}: {loader.report}", flush=True)
+        return result
 
 
 def build_detector(settings: DetectSettings, classes: int) -> RCNN:
@@ -130,8 +96,37 @@ def build_detector(settings: DetectSettings, classes: int) -> RCNN:
     return model
 
 
+def trained_pictures(settings: DetectSettings) -> DetectionSource:
+    """What a run is trained on."""
+    return _pictures(settings, settings.data.source, "train")
+
+
+def tested_pictures(settings: DetectSettings, classes: Sequence[str]) -> DetectionSource:
+    """What a run is tested on, labelled with its classes."""
+    other = settings.evaluation.source
+    if not other and settings.data.source.startswith(SCENES):
+        return held_out_scenes(settings)
+    found = _pictures(settings, other or settings.data.source, "all" if other else "test")
+    if isinstance(found, BoxedPictures):
+        return found.labelled_as(classes)
+    if found.classes != tuple(classes):
+        expected = "scenes of the classes that are trained on"
+        raise SettingsError(f"settings: evaluation.source must be {expected}, got {other!r}")
+    return found
+
+
+def _pictures(settings: DetectSettings, source: str, part: Part) -> DetectionSource:
+    if source.startswith(SCENES):
+        return SceneDetection(source)
+    data = settings.data
+    found = read_boxed_pictures(source, part, test_share=data.test_share, split_seed=data.split_seed)
+    if found.report.skipped:
+        print(f"{source}: {found.report}", flush=True)
+    return found
+
+
 def held_out_scenes(settings: DetectSettings) -> SceneDetection:
-    """What a run is tested on: scenes of its kind that it has not seen."""
+    """What a run on scenes is tested on: scenes of its kind that it has not seen."""
     asked = settings.evaluation
     trained = SceneDetection(settings.data.source)
     if asked.start < len(trained):
@@ -146,13 +141,12 @@ def detection_loss(objective: DetectionObjective, flip: float) -> Forward:
     What is drawn comes from torch's generator.
     """
 
-    def forward(model: nn.Module, batch: SceneBatch) -> tuple[Tensor]:
+    def forward(model: nn.Module, batch: BoxedBatch) -> tuple[Tensor]:
         assert isinstance(model, RCNN)
-        pixels, boxes = batch.pixels.clone(), list(batch.boxes)
-        width = pixels.shape[3]
+        pixels, boxes = list(batch.pixels), list(batch.boxes)
         for i in (torch.rand(len(boxes)) < flip).nonzero()[:, 0].tolist():
-            pixels[i] = batch.pixels[i].flip(2)
-            boxes[i] = flipped(boxes[i], width)
+            pixels[i] = pixels[i].flip(2)
+            boxes[i] = flipped(boxes[i], pixels[i].shape[2])
         losses = objective(model, pixels, boxes, batch.labels)
         return (torch.stack(list(losses.values())).sum(),)
 
@@ -167,29 +161,32 @@ def flipped(boxes: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DetectRun(Run):
-    """A run of a detector."""
+    """A run of a detector; `classes` are names by label, the background first."""
 
     model: RCNN
     settings: DetectSettings
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names by label, the background first."""
-        return SceneDetection(self.settings.data.source).classes
+    classes: tuple[str, ...]
 
     @classmethod
     def load(cls, home: Path, settings: DetectSettings, weights: Path) -> DetectRun:
-        model = build_detector(settings, len(SceneDetection(settings.data.source).classes))
-        return cls(load_weights(model, weights, f"the model {settings.model.name}"), settings, weights)
+        source = settings.data.source
+        if source.startswith(SCENES) and not (home / CLASSES).exists():  # a run of an earlier release
+            classes = SceneDetection(source).classes
+        else:
+            classes = read_classes(home)
+        model = build_detector(settings, len(classes))
+        loaded = load_weights(model, weights, f"the model {settings.model.name}")
+        return cls(loaded, settings, weights, classes)
 
     def evaluate(self) -> dict[str, Any]:
-        asked = self.settings.evaluation
-        return evaluate_detector(self.model, held_out_scenes(self.settings), asked.batch_size)
+        tested = tested_pictures(self.settings, self.classes)
+        return evaluate_detector(self.model, tested, self.settings.evaluation.batch_size)
 
     def table(self, scores: dict[str, Any]) -> Table:
         """Average precisions, with those of the classes that come out worst."""
         table = Table(title_justify="left")
-        table.add_column("synthetic scenes")
+        scenes = (self.settings.evaluation.source or self.settings.data.source).startswith(SCENES)
+        table.add_column("synthetic scenes" if scenes else "pictures")
         for heading in ("average precision", "objects"):
             table.add_column(heading, justify="right")
         for name, words in (("ap", "IoU 0.5 to 0.95"), ("ap50", "IoU 0.5"), ("ap75", "IoU 0.75")):
@@ -200,20 +197,25 @@ class DetectRun(Run):
         return table
 
     def draw(self, path: Path) -> None:
-        """Write the first tested scenes with what is found in them as a PNG."""
-        tested = held_out_scenes(self.settings)
-        tested.count = min(SHOWN, tested.count)
-        pictures = []
-        for sample, d in zip(
-            (tested[i] for i in range(len(tested))), detect(self.model, tested), strict=True
-        ):
-            sure = d.scores >= SURE
-            names = [tested.classes[label] for label in d.labels[sure].tolist()]
-            image = Image.fromarray(sample.pixels.permute(1, 2, 0).numpy())
-            boxes, scores = d.boxes[sure].tolist(), d.scores[sure].tolist()
-            pictures.append(draw_boxes(image, boxes, names, scores, ENLARGED))
-        side = pictures[0].width
-        page = Image.new("RGB", (COLUMNS * side, -(-len(pictures) // COLUMNS) * side), "white")
-        for i, picture in enumerate(pictures):
-            page.paste(picture, (i % COLUMNS * side, i // COLUMNS * side))
+        """Write the first tested pictures with what is found in them as a PNG."""
+        tested = tested_pictures(self.settings, self.classes)
+        first = [tested[i].pixels for i in range(min(SHOWN, len(tested)))]
+        drawn = [self._drawn(pixels) for pixels in first]
+        width, height = max(one.width for one in drawn), max(one.height for one in drawn)
+        page = Image.new("RGB", (COLUMNS * width, -(-len(drawn) // COLUMNS) * height), "white")
+        for i, picture in enumerate(drawn):
+            page.paste(picture, (i % COLUMNS * width, i // COLUMNS * height))
         page.save(path)
+
+    @torch.no_grad()
+    def _drawn(self, pixels: Tensor) -> Image.Image:
+        """A picture, at most `LARGEST` pixels a side before it is enlarged, with what is surely in it."""
+        device = next(self.model.parameters()).device
+        (found,) = self.model([pixels.to(device)])
+        sure = found.scores >= SURE
+        names = [self.classes[label] for label in found.labels[sure].tolist()]
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        factor = min(1.0, LARGEST / max(image.size))
+        image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+        boxes = (found.boxes[sure].cpu() * factor).tolist()
+        return draw_boxes(image, boxes, names, found.scores[sure].tolist(), ENLARGED)

@@ -15,7 +15,7 @@ class DetectorSettings(Section):
     """What is trained."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "fasterrcnn_tiny"
-    """A detector that `pymm list "fasterrcnn*"` knows; its classes are those of the scenes."""
+    """A detector that `pymm list "fasterrcnn*"` knows; its classes are those of the data."""
     image_size: int | None = None
     """The short side that pictures are resized to; by default the model's own."""
 
@@ -25,11 +25,16 @@ class DetectorSettings(Section):
 
 
 @dataclass(frozen=True)
-class SceneSourceSettings(BatchSettings):
+class BoxedPictureSettings(BatchSettings):
     """What the model sees."""
 
     source: str = "scenes:count=2000,classes=20"
-    """Synthetic scenes, as `pymm.data.SceneSettings.parse` reads them."""
+    """Synthetic scenes, as `pymm.data.SceneSettings.parse` reads them; WebDataset shards with boxes, as
+    `pymm data scenes` writes them; or a folder in COCO's format, or one file of its annotations."""
+    test_share: float = 0.2
+    """Share that is tested where the source has no test part of its own, in (0, 1)."""
+    split_seed: int = 0
+    """Another seed, another share."""
     batch_size: int = 8
     """Pictures per optimizer step, over all processes."""
     flip: float = 0.5
@@ -37,7 +42,8 @@ class SceneSourceSettings(BatchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.source.startswith("scenes:"), "data.source", '"scenes:..."', self.source)
+        require(bool(self.source), "data.source", "given", self.source)
+        require(0 < self.test_share < 1, "data.test_share", "in (0, 1)", self.test_share)
         require(0 <= self.flip <= 1, "data.flip", "in [0, 1]", self.flip)
 
 
@@ -59,10 +65,13 @@ class RegionSampleSettings(Section):
 class DetectionEvaluationSettings(Section):
     """What the model is tested on, during the run, at its end, and by `pymm eval`."""
 
+    source: str = field(default="", metadata=FREE)
+    """Another source of pictures with boxes, of classes that are trained on; all of it. By default the
+    source's own test part."""
     count: int = field(default=200, metadata=FREE)
-    """Scenes of the training's kind."""
+    """Of synthetic scenes, so many of the training's kind."""
     start: int = field(default=1_000_000, metadata=FREE)
-    """Index of the first; those that are trained on begin at 0."""
+    """Index of the first of them; those that are trained on begin at 0."""
     batch_size: int = field(default=16, metadata=FREE)
     """Pictures at a time."""
 
@@ -78,6 +87,6 @@ class DetectSettings(TaskSettings):
     task: ClassVar[str] = "detect"
 
     model: DetectorSettings = field(default_factory=DetectorSettings)
-    data: SceneSourceSettings = field(default_factory=SceneSourceSettings)
+    data: BoxedPictureSettings = field(default_factory=BoxedPictureSettings)
     objective: RegionSampleSettings = field(default_factory=RegionSampleSettings)
     evaluation: DetectionEvaluationSettings = field(default_factory=DetectionEvaluationSettings)

@@ -215,7 +215,8 @@ class Trainer:
 
     def _placed(self, batch: Any) -> Any:
         batch = batch.to(self.device, non_blocking=True)
-        if self.settings.precision == "bf16" and batch.pixels.is_floating_point():
+        one_size = isinstance(batch.pixels, torch.Tensor)  # a detector's pictures have each their own
+        if self.settings.precision == "bf16" and one_size and batch.pixels.is_floating_point():
             batch = replace(batch, pixels=batch.pixels.to(torch.bfloat16))
         return batch
 

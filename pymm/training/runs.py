@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from pymm.training import distributed
 from pymm.training.checkpoint import list_checkpoints, verify
 from pymm.training.errors import CheckpointError, SettingsError
+from pymm.training.files import write_atomically
 from pymm.training.rundir import SETTINGS, WEIGHTS, check_settings, checkpoints_of
 from pymm.training.settings_file import load_settings, task_in
 from pymm.training.task_settings import TaskSettings
@@ -24,6 +26,7 @@ from pymm.training.tasks import find_task, imported
 from pymm.training.weights import check_names
 
 Model = TypeVar("Model", bound=nn.Module)
+CLASSES = "classes.json"
 
 
 @contextmanager
@@ -111,6 +114,24 @@ def load_run(path: Path | str) -> Run:
         verify(weights.parent)
     found: Run = imported(task.run).load(home, settings, weights)
     return found
+
+
+def write_classes(home: Path, classes: Sequence[str]) -> None:
+    """Write the names of a run's classes into its directory."""
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(home / CLASSES, (json.dumps(list(classes)) + "\n").encode())
+
+
+def read_classes(home: Path) -> tuple[str, ...]:
+    """The names of the classes of a run.
+
+    Raises:
+        CheckpointError: when they cannot be read.
+    """
+    try:
+        return tuple(str(name) for name in json.loads((home / CLASSES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"load_run: {home / CLASSES} cannot be read: {error}") from error
 
 
 def load_weights(model: Model, weights: Path, what: str) -> Model:

@@ -88,7 +88,7 @@ TASKS = (
     ),
     Task(
         "detect",
-        "Train a detector on synthetic scenes, or continue a run.",
+        "Train a detector on pictures with boxes, or continue a run.",
         "pymm.training.detect_settings:DetectSettings",
         "pymm.training.detect:train_detect",
         "pymm.training.detect:DetectRun",

@@ -19,7 +19,7 @@ from pymm.benchmarks.systems import ROWS, Baseline, System
 from pymm.benchmarks.systems_baselines import logistic_on_pixels, neighbours_on_pixels
 from pymm.benchmarks.systems_command import Judged, Result, ResultsSettings, load, render, run, save
 from pymm.benchmarks.systems_detection import ap50_of_one_name
-from pymm.training.detect_settings import DetectionEvaluationSettings, DetectSettings, SceneSourceSettings
+from pymm.training.detect_settings import BoxedPictureSettings, DetectionEvaluationSettings, DetectSettings
 from pymm.training.rundir import SETTINGS
 from pymm.training.settings_file import to_json
 from pymm.training.tasks import find_task, imported
@@ -158,7 +158,7 @@ def test_rows_are_trained_judged_and_kept(
 def test_one_name_for_all_boxes_is_right_where_there_is_one(tmp_path: Path, classes: int) -> None:
     pytest.importorskip("pycocotools")
     settings = DetectSettings(
-        data=SceneSourceSettings(source=f"scenes:count=30,classes={classes},size=64"),
+        data=BoxedPictureSettings(source=f"scenes:count=30,classes={classes},size=64"),
         evaluation=DetectionEvaluationSettings(count=10),
     )
     (tmp_path / SETTINGS).write_text(to_json(settings))

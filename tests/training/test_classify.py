@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pymm import cli
 from pymm.training import CheckpointError, ClassifySettings, SettingsError, load_run, train_classify
 from pymm.training import clip as clip_training
-from pymm.training.classify import CLASSES, ClassifyRun, mixed
+from pymm.training.classify import ClassifyRun, mixed
 from pymm.training.classify_settings import (
     BackboneSettings,
     CrossEntropySettings,
@@ -26,6 +26,7 @@ from pymm.training.classify_settings import (
     PictureSettings,
 )
 from pymm.training.log import read_log
+from pymm.training.runs import CLASSES
 from pymm.training.settings import ClipSettings, DataSettings, ModelSettings
 from pymm.training.task_settings import RunSettings, ScheduleSettings
 
