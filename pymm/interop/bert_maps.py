@@ -2,70 +2,82 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
-from pymm.interop.rules import KeyMap, Rule, stacked
+from pymm.interop.rules import KeyMap, Rule, behind, stacked
 from pymm.models.bert import Bert, Pooler
 
+_BLOCK, _LAYER = r"blocks\.(\d+)\.", r"encoder.layer.\1."
 
-def bert_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """The encoder's rules behind the two prefixes."""
-    o, e = re.escape(ours), f"{theirs}embeddings."
-    a, b = rf"{o}blocks\.(\d+)\.", rf"{theirs}encoder.layer.\1."
-    three = tuple(b + rf"attention.self.{x}.\2" for x in ("query", "key", "value"))
+
+def _norm(ours: str, theirs: str, last: str) -> tuple[Rule, ...]:
+    """A layer norm, whose tensors have other names in the first published files."""
     return (
-        Rule(o + r"embed\.weight", (e + "word_embeddings.weight",)),
-        Rule(o + r"embed\.position", (e + "position_embeddings.weight",)),
-        Rule(o + "types", (e + "token_type_embeddings.weight",)),
-        Rule(o + r"norm\.(.*)", (e + r"LayerNorm.\1",)),
-        Rule(a + r"attn\.qkv\.(.*)", three, stacked(3)),
-        Rule(a + r"attn\.proj\.(.*)", (b + r"attention.output.dense.\2",)),
-        Rule(a + r"norm1\.(.*)", (b + r"attention.output.LayerNorm.\2",)),
-        Rule(a + r"mlp\.fc1\.(.*)", (b + r"intermediate.dense.\2",)),
-        Rule(a + r"mlp\.fc2\.(.*)", (b + r"output.dense.\2",)),
-        Rule(a + r"norm2\.(.*)", (b + r"output.LayerNorm.\2",)),
-        Rule(o + r"pool\.dense\.(.*)", (theirs + r"pooler.dense.\1",)),
+        Rule(ours + r"\.(.*)", (rf"{theirs}.{last}",)),
+        Rule(ours + r"\.weight", (theirs + ".gamma",)),
+        Rule(ours + r"\.bias", (theirs + ".beta",)),
     )
+
+
+POOLER_RULE = Rule(r"pool\.dense\.(.*)", (r"pooler.dense.\1",))
+ENCODER_RULES = (
+    Rule(r"embed\.weight", ("embeddings.word_embeddings.weight",)),
+    Rule(r"embed\.position", ("embeddings.position_embeddings.weight",)),
+    Rule(r"types", ("embeddings.token_type_embeddings.weight",)),
+    *_norm("norm", "embeddings.LayerNorm", r"\1"),
+    Rule(
+        _BLOCK + r"attn\.qkv\.(.*)",
+        tuple(_LAYER + rf"attention.self.{x}.\2" for x in ("query", "key", "value")),
+        stacked(3),
+    ),
+    Rule(_BLOCK + r"attn\.proj\.(.*)", (_LAYER + r"attention.output.dense.\2",)),
+    *_norm(_BLOCK + "norm1", _LAYER + "attention.output.LayerNorm", r"\2"),
+    Rule(_BLOCK + r"mlp\.fc1\.(.*)", (_LAYER + r"intermediate.dense.\2",)),
+    Rule(_BLOCK + r"mlp\.fc2\.(.*)", (_LAYER + r"output.dense.\2",)),
+    *_norm(_BLOCK + "norm2", _LAYER + "output.LayerNorm", r"\2"),
+)
+# Constants, and a pooler's weights where ours has no pooler: they change no result then.
+POSITIONS = r"embeddings\.position_ids"
+POOLER = r"pooler\.dense\..*"
 
 
 def _headless(model: nn.Module) -> bool:
     return isinstance(model, Bert) and not model.num_classes
 
 
+def has_pooler(model: nn.Module) -> bool:
+    return isinstance(model, Bert) and isinstance(model.pool, Pooler)
+
+
 def _pooled(model: nn.Module) -> bool:
-    return isinstance(model, Bert) and isinstance(model.pool, Pooler) and _headless(model)
+    return has_pooler(model) and _headless(model)
 
 
 def _not_pooled(model: nn.Module) -> bool:
-    return _headless(model) and not _pooled(model)
+    return _headless(model) and not has_pooler(model)
 
 
-_POSITIONS = r"(bert\.)?embeddings\.position_ids"
 _HEADS = (r"cls\..*", r"(classifier|qa_outputs)\..*")
-# Without a pooler of ours the donor's has nothing to go into, and changes no result.
-_POOLER = r"(bert\.)?pooler\.dense\..*"
 
 
 def _pair(prefix: str, words: str, more: tuple[str, ...]) -> tuple[KeyMap, ...]:
-    *plain, pooler = bert_rules("", prefix)
-    ignored = (_POSITIONS, *more)
+    plain, pooled = (behind("", prefix, rules) for rules in (ENCODER_RULES, (*ENCODER_RULES, POOLER_RULE)))
+    positions, pooler = (prefix.replace(".", r"\.") + name for name in (POSITIONS, POOLER))
     return (
         KeyMap(
             ("transformers",),
             Bert,
-            tuple(plain),
+            plain,
             variant=f"{words}without a pooler",
-            ignored=(*ignored, _POOLER),
+            ignored=(positions, pooler, *more),
             fits=_not_pooled,
         ),
         KeyMap(
             ("transformers",),
             Bert,
-            (*plain, pooler),
+            pooled,
             variant=f"{words}with a pooler",
-            ignored=ignored,
+            ignored=(positions, *more),
             fits=_pooled,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pymm import __version__
+from pymm.interop import bert_files
 from pymm.interop.files import Checkpoint, read
 from pymm.interop.identify import identify
 from pymm.interop.load import load_state, unwrapped
 from pymm.layers import Linear, Normalize, PatchEmbed
+from pymm.models import Bert
 from pymm.ops._checks import fail
 
 
@@ -31,7 +34,8 @@ def load(
 
     Args:
         path: a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file; the `.index.json` of shards; a
-            directory with one of these as the Hugging Face hub has it; or a state dict.
+            directory with one of these as the Hugging Face hub has it, or as sentence-transformers writes
+            it; or a state dict.
         arch: the name of a row, where it is known or names and shapes leave a choice, as they do between
             CLIP's activations.
         strict: False lets a model through whose checkpoint lacks something, or holds more.
@@ -45,7 +49,7 @@ def load(
         ValueError: when the file is damaged, needs to run code, or holds weights that are not finite; when no
             row fits, or several do; with `strict`, when anything is missing, left over or of another shape.
     """
-    checkpoint = Checkpoint(path) if isinstance(path, Mapping) else read(Path(path))
+    checkpoint = Checkpoint(path) if isinstance(path, Mapping) else _read(Path(path))
     tensors = unwrapped(checkpoint.state)
     if not tensors:
         fail("load", "path", "a checkpoint with tensors", f"the names {list(checkpoint.state)[:3]}")
@@ -62,6 +66,14 @@ def load(
     _set_normalization(model, checkpoint.config)
     model.__dict__ |= {"arch": found.arch, "load_report": report}
     return model.eval()
+
+
+def _read(path: Path) -> Checkpoint:
+    """The file with what stands beside it, in it, or around its folder."""
+    found = bert_files.sentence_encoder(path)
+    checkpoint = read(path if found is None else found[0])
+    said = bert_files.read_facts(checkpoint.metadata) | ({} if found is None else {"pooling": found[1]})
+    return replace(checkpoint, config={**checkpoint.config, **said})
 
 
 def _check_finite(name: str, t: Tensor) -> None:
@@ -115,4 +127,5 @@ def save(model: nn.Module, path: str | os.PathLike[str], arch: str | None = None
         shapes = {name: t.shape for name, t in found.build().state_dict().items()}
     if shapes != {name: t.shape for name, t in state.items()}:
         fail("save", "arch", f"the row of this {type(model).__name__}", found.arch)
-    save_file(state, path, {"arch": found.arch, "pymm": __version__, "format": "pt"})
+    facts = {bert_files.METADATA: bert_files.facts(model)} if isinstance(model, Bert) else {}
+    save_file(state, path, {"arch": found.arch, "pymm": __version__, "format": "pt", **facts})

@@ -72,11 +72,20 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(state, beside, metadata)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """What a file beside a checkpoint says.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
     try:
-        value = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         fail("load", "path", f"beside a readable {path.name}", _line(error))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value = read_json(path)
     return value if isinstance(value, dict) else {}
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pymm.interop import bert_files
 from pymm.interop.key_maps import OPENAI_FACTS
 from pymm.interop.load import Match, match
 from pymm.layers import AttentionPool2d, PatchEmbed, RelativePositionBias
-from pymm.models import CLIP, BEiT, create_model, describe, list_models
+from pymm.models import CLIP, BEiT, BertSpec, bert, create_model, describe, list_models
 from pymm.ops._checks import fail
 
 # Rows are looked at whose parameters are as many as the checkpoint's within this factor; another head and
@@ -24,13 +25,17 @@ _SPREAD = 1.5
 
 @dataclass(frozen=True)
 class Found:
-    """A row, and where the checkpoint has other sizes."""
+    """A row, and where the checkpoint has other sizes; those of a BERT are `text`."""
 
     arch: str
     num_classes: int | None = None
     image_size: int | None = None
+    text: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
+        row = describe(self.arch)
+        if isinstance(row, BertSpec):
+            return bert.build(replace(row, **self.text))
         return create_model(self.arch, num_classes=self.num_classes, image_size=self.image_size)
 
 
@@ -50,7 +55,10 @@ def identify(tensors: Mapping[str, Tensor], config: Mapping[str, Any], arch: str
         arch = str(config.get("architecture", "")).partition(".")[0]  # timm's, in front of a tag
         arch = arch if arch in list_models() else _row(shapes, config)
     model = _on_meta(arch)
-    return _sized(arch, model, match(model, shapes))
+    found, row = match(model, shapes), describe(arch)
+    if isinstance(row, BertSpec):
+        return Found(arch, text=bert_files.sizes(row, found.values, config))
+    return _sized(arch, model, found)
 
 
 @lru_cache(maxsize=128)
@@ -66,11 +74,14 @@ def _row(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     rows = sorted((describe(name) for name in list_models()), key=lambda row: row.name.startswith("deit"))
     faults: dict[str, tuple[int, int, int]] = {}
     for row in rows:
-        if total / _SPREAD <= row.parameters <= total * _SPREAD:
+        reads = isinstance(row, BertSpec)  # of any vocabulary, which may be most of it
+        if reads or total / _SPREAD <= row.parameters <= total * _SPREAD:
             model = _on_meta(row.name)
             found = match(model, shapes)
             other = _other_shapes(model, found)
-            if all(map(_may_differ, other)) and all(name.startswith(_OPTIONAL) for name in found.missing):
+            optional = ("pool.dense.",) if reads else _OPTIONAL
+            differ = _bert_may_differ(config) if reads else _may_differ
+            if all(map(differ, other)) and all(name.startswith(optional) for name in found.missing):
                 faults[row.name] = (len(found.unused), len(found.missing), len(other))
     best = [name for name, fault in faults.items() if fault == min(faults.values())]
     activation = _activation(shapes, config)
@@ -102,6 +113,12 @@ _HEADS = ("head.weight", "head.classes.weight")
 def _may_differ(name: str) -> bool:
     """Whether a tensor of another shape is another number of classes, or another resolution."""
     return name.startswith("head.") or name.endswith(("position", ".table"))
+
+
+def _bert_may_differ(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """The same of a BERT; without its word for it, other segments are those of a model of another kind."""
+    free = {"embed.weight", "embed.position", *(["types"] if config.get("model_type") == "bert" else [])}
+    return free.__contains__
 
 
 def _other_shapes(model: nn.Module, found: Match) -> list[str]:

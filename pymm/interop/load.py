@@ -65,13 +65,13 @@ class LoadReport:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Any]) -> LoadReport:
-    """Load a state dict of pymm, open_clip, OpenAI's CLIP, timm or torchvision into a model of ours.
+    """Load a state dict of pymm or one of the donors into a model of ours.
 
     The donor is known by its names. Position embeddings of another grid are interpolated, as the donors do
     it. What could not be placed stands in the report, so look at its `complete`.
 
     Args:
-        model: CLIP, `VisionTransformer`, `ResNet` or `ConvNet` of `pymm.models`.
+        model: of `pymm.models`.
         state: names to tensors; also a checkpoint that holds them under `"state_dict"`, `"model"` or
             `"module"`, and names behind `"module."`, as `DistributedDataParallel` saves them.
 

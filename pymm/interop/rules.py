@@ -118,6 +118,14 @@ class KeyMap:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
+def behind(ours: str, theirs: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of a part of a model, behind its prefixes."""
+    return tuple(
+        Rule(re.escape(ours) + rule.ours, tuple(theirs + name for name in rule.theirs), rule.form)
+        for rule in rules
+    )
+
+
 def own(model: type[nn.Module]) -> KeyMap:
     """The map of our own checkpoints."""
     return KeyMap(("pymm",), model, (Rule(r"(.*)", (r"\1",)),))

@@ -22,14 +22,14 @@ def _first_and_rest(t: Tensor) -> Sequence[Tensor] | None:
     return [t[None, :1], t[None, 1:]] if t.shape[0] > 1 else None
 
 
-_TIMM = (
+TIMM = (
     Rule(r"embed\.(weight|bias)", (r"patch_embed.proj.\1",)),
     Rule(r"embed\.position", ("pos_embed",), BATCH_OF_ONE),
     Rule(r"blocks\.(\d+)\.scale([12])", (r"blocks.\1.ls\2.gamma",)),
     Rule(r"pool\.norm\.(.*)", (r"fc_norm.\1",)),
     Rule(r"((?:norm_pre|blocks|norm|head)\..*)", (r"\1",)),
 )
-_TIMM_CLASS = (
+TIMM_CLASS = (
     Rule(r"embed\.prefix", ("cls_token", "reg_token"), Form(_joined, _first_and_rest)),
     Rule(r"embed\.prefix", ("cls_token",), BATCH_OF_ONE),
 )
@@ -39,7 +39,7 @@ _TIMM_DISTILLED = (
     Rule(r"head\.classes\.(.*)", (r"head.\1",)),
     Rule(r"head\.distilled\.(.*)", (r"head_dist.\1",)),
     Rule(r"embed\.prefix", ("cls_token", "dist_token"), Form(_joined, _first_and_rest)),
-    *_TIMM,
+    *TIMM,
 )
 
 _LAYER = r"encoder.layers.encoder_layer_\1."
@@ -82,11 +82,11 @@ def _transformers_distilled(blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 MAPS = (
-    KeyMap(("timm",), VisionTransformer, (*_TIMM, *_TIMM_CLASS), fits=_has_class_token),
+    KeyMap(("timm",), VisionTransformer, (*TIMM, *TIMM_CLASS), fits=_has_class_token),
     KeyMap(
         ("timm",),
         VisionTransformer,
-        (*_TIMM, *_TIMM_REGISTERS),
+        (*TIMM, *_TIMM_REGISTERS),
         variant="registers alone",
         fits=_has_registers_alone,
     ),

@@ -15,6 +15,7 @@ from torch import nn
 
 from pymm.models import (
     beit,
+    bert,
     clip,
     clip_rows,
     convnet,
@@ -28,6 +29,7 @@ from pymm.models import (
     vit_rows,
 )
 from pymm.models.beit import BEiT, BEiTSpec
+from pymm.models.bert import Bert, BertSpec
 from pymm.models.clip import CLIP, CLIPSpec
 from pymm.models.convnet import ConvNet, ConvNetSpec
 from pymm.models.deit import DeiT, DeiTSpec
@@ -43,6 +45,7 @@ from pymm.ops._checks import fail
 
 Spec = (
     BEiTSpec
+    | BertSpec
     | CLIPSpec
     | ConvNetSpec
     | DeiTSpec
@@ -64,11 +67,13 @@ _TABLES: tuple[tuple[Spec, ...], ...] = (
     convnet.ROWS,
     lenet.ROWS,
     clip_rows.ROWS,
+    bert.ROWS,
     rcnn.ROWS,
 )
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
 _BUILD: dict[type, Any] = {
     BEiTSpec: beit.build,
+    BertSpec: bert.build,
     CLIPSpec: clip.build,
     ConvNetSpec: convnet.build,
     DeiTSpec: deit.build,
@@ -88,7 +93,7 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 
 def describe(name: str) -> Spec:
-    """The row of a model: `name`, `aliases`, `parameters`, `image_size`, `source` and its sizes.
+    """The row of a model: `name`, `aliases`, `parameters`, `source` and its sizes, such as `image_size`.
 
     Args:
         name: of `list_models()`, or open_clip's name for it.
@@ -109,9 +114,9 @@ def create_model(name: str, *, num_classes: int | None = None, image_size: int |
 
     Args:
         name: of `list_models()`, or open_clip's name for it.
-        num_classes: size of the classifier instead of the row's; 0 means no classifier. Not for CLIP
-            and MAE, which have none.
-        image_size: side of the images instead of the row's.
+        num_classes: size of the classifier instead of the row's; 0 means no classifier. Not for CLIP,
+            MAE and BERT, which have none.
+        image_size: side of the images instead of the row's; not for BERT.
 
     Returns:
         The model, in training mode; on the device and in the type that `torch.device` and
@@ -139,6 +144,8 @@ def create_model(name: str, *, num_classes: int | None = None, image_size: int |
 def _resized(row: Spec, image_size: int) -> dict[str, Any]:
     if isinstance(row, CLIPSpec):
         return {"image": replace(row.image, image_size=image_size)}
+    if isinstance(row, BertSpec):
+        fail("create_model", "image_size", f"None for {row.name}, which reads text", image_size)
     return {"image_size": image_size}
 
 
@@ -148,6 +155,8 @@ __all__ = [
     "RCNN",
     "BEiT",
     "BEiTSpec",
+    "Bert",
+    "BertSpec",
     "CLIPSpec",
     "ConvNet",
     "ConvNetSpec",

@@ -196,6 +196,7 @@ class BertSpec:
     types: int = 2
     activation: Activation = "gelu"
     eps: float = 1e-12
+    aliases: tuple[str, ...] = ()
 
 
 _DEVLIN = "Devlin et al. 2019, arXiv:1810.04805, sec. 3"
@@ -210,6 +211,7 @@ ROWS = (
     BertSpec("bert_base", 768, 12, 12, 3072, 109_482_240, _DEVLIN),
     BertSpec("bert_large", 1024, 24, 16, 4096, 335_141_888, _DEVLIN),
     BertSpec("minilm_l6", 384, 6, 12, 1536, 22_565_376, _WANG, pooling="mean"),
+    BertSpec("minilm_l12", 384, 12, 12, 1536, 33_212_160, _WANG, pooling="mean"),
 )
 
 

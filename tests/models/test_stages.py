@@ -17,7 +17,7 @@ def image_model(name: str) -> nn.Module:
 
 def classifies(name: str) -> bool:
     """Whether the model has a head of its own, and so can be transferred; a MAE hands on its encoder."""
-    return hasattr(image_model(name), "forward_head")
+    return hasattr(image_model(name), "reset_classifier")
 
 
 @pytest.mark.parametrize("name", filter(classifies, list_models()))
