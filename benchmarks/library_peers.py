@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,11 +110,11 @@ def _torchvision_ops() -> Any:
     return module
 
 
-def torchvision_roi_align(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
-    function: Function = _torchvision_ops().roi_align
-    return function
+def torchvision_operator(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Function]:
+    """An operator that takes what ours takes."""
 
+    def make(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+        function: Function = getattr(_torchvision_ops(), name)
+        return function
 
-def torchvision_nms(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
-    function: Function = _torchvision_ops().nms
-    return function
+    return make

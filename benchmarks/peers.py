@@ -34,8 +34,9 @@ PEERS: dict[str, Sequence[Peer]] = {
         Peer("explicit softmax", torch_peers.explicit_attention, compiled=True),
     ),
     "attention_varlen": (Peer("padded SDPA", torch_peers.padded_attention),),
-    "nms": (Peer("torchvision", library_peers.torchvision_nms, "torchvision", backward=False),),
-    "roi_align": (Peer("torchvision", library_peers.torchvision_roi_align, "torchvision"),),
+    "nms": (Peer("torchvision", library_peers.torchvision_operator("nms"), "torchvision", backward=False),),
+    "roi_align": (Peer("torchvision", library_peers.torchvision_operator("roi_align"), "torchvision"),),
+    "roi_pool": (Peer("torchvision", library_peers.torchvision_operator("roi_pool"), "torchvision"),),
     "patch_embed": (
         Peer("reshape + linear", torch_peers.reshaped_patches(False), compiled=True),
         Peer("gather + linear", torch_peers.reshaped_patches(True), compiled=True),

@@ -8,18 +8,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/host.h"
+#include "cpu/roi.h"
 #include "cpu/simd/roi_align.h"
-#include "cpu/simd/rows.h"
 
 namespace pymm {
 namespace {
 
 constexpr const char* kOp = "roi_align";
-constexpr int64_t kBlockBytes = 384 << 10;  // of planes
-constexpr int64_t kMostPlanes = 16;
 constexpr int64_t kRegister = 64;  // bytes, of the widest instruction set
-constexpr int64_t kTasksPerThread = 4;
 
 struct Options {
   int64_t bins_h, bins_w;
@@ -80,29 +76,8 @@ template <class Acc>
 class Boxes {
  public:
   Boxes(const Tensor& boxes, const Options& o, int64_t images, int64_t height, int64_t width, bool backward)
-      : start_(static_cast<size_t>(images) + 1), height_(height), width_(width) {
-    const int64_t count = boxes.size(0);
-    std::vector<Acc> values(static_cast<size_t>(count * 5));
-    const DType dtype = pymm::dtype_of(boxes, kOp);
-    if (dtype == pymm::dtype_of<Acc>()) {
-      std::copy_n(data<Acc>(boxes), count * 5, values.data());
-    } else {
-      rows_for(dtype).widen(data<char>(boxes), 1, count * 5, values.data());
-    }
-    std::vector<int64_t> image(static_cast<size_t>(count));
-    for (int64_t k = 0; k < count; ++k) {
-      const Acc of = values[static_cast<size_t>(k * 5)];
-      PYMM_CHECK(of > -1 && of < static_cast<Acc>(images), kOp, ": a box names an image that is not there");
-      image[static_cast<size_t>(k)] = static_cast<int64_t>(of);
-      ++start_[static_cast<size_t>(of) + 1];
-    }
-    for (size_t n = 1; n < start_.size(); ++n) start_[n] += start_[n - 1];
-    index_.resize(static_cast<size_t>(count));
-    std::vector<int64_t> next(start_.begin(), start_.end() - 1);
-    for (int64_t k = 0; k < count; ++k) {
-      index_[static_cast<size_t>(next[static_cast<size_t>(image[static_cast<size_t>(k)])]++)] = k;
-    }
-    for (const int64_t k : index_) add(values.data() + k * 5, o, backward);
+      : given_(boxes, images, kOp), height_(height), width_(width) {
+    for (const int64_t k : given_.index) add(given_.values.data() + k * 5, o, backward);
     weights_.resize(weights_.size() + kRegister / sizeof(Acc));
     for (size_t i = 0; i < boxes_.size(); ++i) {
       boxes_[i].first_tap = ints_.data() + places_[i].first_tap;
@@ -118,8 +93,9 @@ class Boxes {
   // f(box, its index in the call) for each box of an image, in order.
   template <class F>
   void each(int64_t image, F&& f) const {
-    for (int64_t i = start_[static_cast<size_t>(image)]; i < start_[static_cast<size_t>(image) + 1]; ++i) {
-      f(boxes_[static_cast<size_t>(i)], index_[static_cast<size_t>(i)]);
+    const size_t end = static_cast<size_t>(given_.start[static_cast<size_t>(image) + 1]);
+    for (size_t i = static_cast<size_t>(given_.start[static_cast<size_t>(image)]); i < end; ++i) {
+      f(boxes_[i], given_.index[i]);
     }
   }
 
@@ -192,7 +168,7 @@ class Boxes {
     }
   }
 
-  std::vector<int64_t> start_, index_;
+  BoxRows<Acc> given_;
   int64_t height_, width_, most_rows_ = 0;
   std::vector<Tap<Acc>> rows_, columns_;
   std::vector<int32_t> ints_;
@@ -201,31 +177,10 @@ class Boxes {
   std::vector<Place> places_;
 };
 
-// f(image, first channel, channels) for each block of planes.
-template <class F>
-void each_block(int64_t images, int64_t channels, int64_t plane_bytes, F&& f) {
-  const int64_t fair = max_of(1, images * channels / (kTasksPerThread * thread_count()));
-  const int64_t block = min_of(min_of(kMostPlanes, fair), max_of(1, kBlockBytes / max_of(1, plane_bytes)));
-  const int64_t blocks = ceil_div(channels, block);
-  parallel_tasks(images * blocks, [&](int64_t task) {
-    const int64_t first = task % blocks * block;
-    f(task / blocks, first, min_of(block, channels - first));
-  });
-}
-
-void check(const Tensor& features, const Tensor& boxes, const Options& o) {
-  PYMM_CHECK(features.dim() == 4 && boxes.dim() == 2 && boxes.size(1) == 5, kOp,
-             ": features must be (N, C, H, W) and boxes (K, 5)");
-  PYMM_CHECK(boxes.scalar_type() == features.scalar_type() ||
-                 (boxes.scalar_type() == ScalarType::Float && features.scalar_type() != ScalarType::Double),
-             kOp, ": boxes must be of features' type, or float32 for features of 16 bits");
-  PYMM_CHECK(o.bins_h > 0 && o.bins_w > 0, kOp, ": output_size must be positive");
-}
-
 Tensor forward(const Tensor& features_in, const Tensor& boxes_in, int64_t bins_h, int64_t bins_w, double scale,
                int64_t sampling, bool aligned) {
   const Options o{bins_h, bins_w, scale, sampling, aligned};
-  check(features_in, boxes_in, o);
+  check_regions(features_in, boxes_in, bins_h, bins_w, kOp);
   const int64_t count = boxes_in.size(0), channels = features_in.size(1);
   Tensor out = empty({count, channels, bins_h, bins_w}, features_in);
   if (out.numel() == 0) return out;
@@ -237,14 +192,16 @@ Tensor forward(const Tensor& features_in, const Tensor& boxes_in, int64_t bins_h
     const Boxes<Acc> all(boxes, o, images, height, width, false);
     const RoiAlign& loops = roi_align_for(dtype);
     const int64_t area = height * width, bins = bins_h * bins_w;
-    each_block(images, channels, area * static_cast<int64_t>(sizeof(T)), [&](int64_t image, int64_t first, int64_t n) {
-      Scratch rows(all.most_rows() * static_cast<int64_t>(sizeof(Acc)) + kRegister);
-      const T* planes = data<T>(features) + (image * channels + first) * area;
-      all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
-        T* to = data<T>(out) + (k * channels + first) * bins;
-        for (int64_t c = 0; c < n; ++c) loops.forward(&box, planes + c * area, width, rows.as<Acc>(), to + c * bins);
-      });
-    });
+    each_plane_block(images, channels, area * static_cast<int64_t>(sizeof(T)),
+                     [&](int64_t image, int64_t first, int64_t n) {
+                       Scratch rows(all.most_rows() * static_cast<int64_t>(sizeof(Acc)) + kRegister);
+                       const T* planes = data<T>(features) + (image * channels + first) * area;
+                       all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
+                         T* to = data<T>(out) + (k * channels + first) * bins;
+                         for (int64_t c = 0; c < n; ++c)
+                           loops.forward(&box, planes + c * area, width, rows.as<Acc>(), to + c * bins);
+                       });
+                     });
   });
   return out;
 }
@@ -253,7 +210,7 @@ Tensor backward(const Tensor& dout_in, const Tensor& boxes_in, int64_t images, i
                 double scale, int64_t sampling, bool aligned) {
   PYMM_CHECK(dout_in.dim() == 4 && dout_in.size(0) == boxes_in.size(0), kOp, ": dout must be (K, C, h, w)");
   const Options o{dout_in.size(2), dout_in.size(3), scale, sampling, aligned};
-  check(dout_in, boxes_in, o);
+  check_regions(dout_in, boxes_in, o.bins_h, o.bins_w, kOp);
   const int64_t channels = dout_in.size(1);
   Tensor grad = empty({images, channels, height, width}, dout_in);
   if (grad.numel() == 0) return grad;
@@ -265,19 +222,20 @@ Tensor backward(const Tensor& dout_in, const Tensor& boxes_in, int64_t images, i
     const Boxes<Acc> all(boxes, o, images, height, width, true);
     const RoiAlign& loops = roi_align_for(dtype);
     const int64_t area = height * width, bins = o.bins_h * o.bins_w;
-    each_block(images, channels, area * static_cast<int64_t>(sizeof(Acc)),
-               [&](int64_t image, int64_t first, int64_t n) {
-                 T* target = data<T>(grad) + (image * channels + first) * area;
-                 const Scratch scratch(direct ? 0 : n * area * static_cast<int64_t>(sizeof(Acc)));
-                 Acc* planes = scratch.as<Acc>();
-                 if constexpr (direct) planes = target;
-                 std::fill_n(planes, n * area, Acc{0});
-                 all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
-                   const T* from = data<T>(dout) + (k * channels + first) * bins;
-                   for (int64_t c = 0; c < n; ++c) loops.backward(&box, from + c * bins, width, planes + c * area);
-                 });
-                 if constexpr (!direct) rows_for(dtype).narrow(planes, 1, n * area, target);
-               });
+    each_plane_block(images, channels, area * static_cast<int64_t>(sizeof(Acc)),
+                     [&](int64_t image, int64_t first, int64_t n) {
+                       T* target = data<T>(grad) + (image * channels + first) * area;
+                       const Scratch scratch(direct ? 0 : n * area * static_cast<int64_t>(sizeof(Acc)));
+                       Acc* planes = scratch.as<Acc>();
+                       if constexpr (direct) planes = target;
+                       std::fill_n(planes, n * area, Acc{0});
+                       all.each(image, [&](const RoiBox<Acc>& box, int64_t k) {
+                         const T* from = data<T>(dout) + (k * channels + first) * bins;
+                         for (int64_t c = 0; c < n; ++c)
+                           loops.backward(&box, from + c * bins, width, planes + c * area);
+                       });
+                       if constexpr (!direct) rows_for(dtype).narrow(planes, 1, n * area, target);
+                     });
   });
   return grad;
 }

@@ -12,6 +12,7 @@ from pymm.ops.mined_triplet_loss import mined_triplet_loss
 from pymm.ops.nms import batched_nms, nms
 from pymm.ops.patch_embed import patch_embed
 from pymm.ops.roi_align import roi_align
+from pymm.ops.roi_pool import roi_pool
 from pymm.ops.sigmoid_contrastive import sigmoid_contrastive
 from pymm.ops.triplet_loss import triplet_loss
 
@@ -32,6 +33,7 @@ __all__ = [
     "nms",
     "patch_embed",
     "roi_align",
+    "roi_pool",
     "sigmoid_contrastive",
     "triplet_loss",
 ]

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pymm.ops._checks import check_device, check_same, check_shape, fail, shape
+from pymm.ops._checks import fail
 from pymm.ops._cosine import accumulator
 from pymm.ops._dispatch import call
 from pymm.ops._record import Kernel, Op, Sample, Workload, register
+from pymm.ops._regions import blocks, checked, inputs, is_int, sample_boxes, workloads
 
 NAME = "roi_align"
-# The reference holds a block of features of at most this many numbers.
-BLOCK = 1 << 24
 
 
 def roi_align(
@@ -63,58 +62,10 @@ def roi_align(
 
     Kept for backward: the boxes.
     """
-    check_same(NAME, "features", features)
-    if features.ndim != 4:
-        fail(NAME, "features", "(N, C, H, W)", shape(features))
-    if not features.shape[2] or not features.shape[3]:
-        fail(NAME, "features", "(N, C, H, W) with H and W above 0", shape(features))
-    rows = _rows(features, boxes)
-    if isinstance(output_size, (tuple, list)):
-        bins = tuple(output_size)
-    else:
-        bins = (output_size, output_size)
-    if len(bins) != 2 or not all(_is_int(n) and n > 0 for n in bins):
-        fail(NAME, "output_size", "a positive int or two", output_size)
-    if not (math.isfinite(spatial_scale) and spatial_scale > 0):
-        fail(NAME, "spatial_scale", "a finite number above 0", spatial_scale)
-    if not _is_int(sampling_ratio):
+    rows, bins, scale = checked(NAME, features, boxes, output_size, spatial_scale)
+    if not is_int(sampling_ratio):
         fail(NAME, "sampling_ratio", "an int", type(sampling_ratio).__name__)
-    return call(NAME, features, rows, *bins, float(spatial_scale), sampling_ratio, bool(aligned))
-
-
-def _is_int(n: object) -> bool:
-    return isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool)
-
-
-def _rows(features: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """The boxes as `(K, 5)`."""
-    if isinstance(boxes, Tensor):
-        _check_type(features, "boxes", boxes)
-        check_shape(NAME, "boxes", boxes, ("K", 5))
-        return boxes.detach()
-    if not isinstance(boxes, (list, tuple)):
-        fail(NAME, "boxes", "a tensor (K, 5) or a list of tensors (L, 4)", type(boxes).__name__)
-    if len(boxes) != features.shape[0]:
-        fail(NAME, "boxes", f"a list of N = {features.shape[0]} tensors", len(boxes))
-    parts = []
-    for i, part in enumerate(boxes):
-        _check_type(features, f"boxes[{i}]", part)
-        check_shape(NAME, f"boxes[{i}]", part, ("L", 4))
-        # An index above 256 is no bfloat16.
-        wide = part.detach().to(accumulator(part.dtype))
-        parts.append(F.pad(wide, (1, 0), value=float(i)))
-    if len({part.dtype for part in parts}) > 1:
-        fail(NAME, "boxes", "of one type", sorted({str(part.dtype) for part in parts}))
-    return torch.cat(parts) if parts else features.new_zeros((0, 5), dtype=accumulator(features.dtype))
-
-
-def _check_type(features: Tensor, name: str, boxes: object) -> None:
-    if not isinstance(boxes, Tensor):
-        fail(NAME, name, "a tensor", type(boxes).__name__)
-    wider = boxes.dtype == torch.float32 and features.dtype in (torch.bfloat16, torch.float16)
-    if boxes.dtype != features.dtype and not wider:
-        fail(NAME, name, f"of features' type {features.dtype}, or float32 for 16 bits", boxes.dtype)
-    check_device(NAME, "features", features, name, boxes)
+    return call(NAME, features, rows, *bins, scale, sampling_ratio, bool(aligned))
 
 
 def _weights(start: Tensor, extent: Tensor, bins: int, sampling: int, length: int) -> Tensor:
@@ -161,17 +112,6 @@ def _matrices(
     return y, x
 
 
-def _blocks(boxes: Tensor, images: int, numbers: int) -> Iterator[tuple[int, Tensor]]:
-    """`(image, indices of boxes of it)`, few enough to hold `numbers` for each."""
-    image = boxes[:, 0].long()
-    if image.numel() and not bool(((image >= 0) & (image < images)).all()):
-        raise RuntimeError(f"{NAME}: a box names an image that is not there")
-    for n in range(images):
-        yield from (
-            (n, rows) for rows in (image == n).nonzero()[:, 0].split(max(1, BLOCK // max(1, numbers)))
-        )
-
-
 def _reference(
     features: Tensor,
     boxes: Tensor,
@@ -186,7 +126,7 @@ def _reference(
     bins = (bins_h, bins_w)
     y, x = _matrices(boxes, acc, bins, (height, width), spatial_scale, sampling_ratio, aligned)
     out = features.new_zeros((boxes.shape[0], c, *bins))
-    for image, rows in _blocks(boxes, n, bins_h * c * width):
+    for image, rows in blocks(NAME, boxes, n, bins_h * c * width):
         if not rows.numel():
             continue
         by_row = features[image].to(acc).transpose(0, 1).reshape(height, c * width)
@@ -222,7 +162,7 @@ def _backward_reference(
     size = (height, width)
     y, x = _matrices(boxes, acc, (bins_h, bins_w), size, spatial_scale, sampling_ratio, aligned)
     planes = [dout.new_zeros((height, c * width), dtype=acc) for _ in range(images)]
-    for image, rows in _blocks(boxes, images, bins_h * c * width):
+    for image, rows in blocks(NAME, boxes, images, bins_h * c * width):
         if rows.numel():
             strips = (dout[rows].to(acc) @ x[rows, None]).transpose(1, 2).flatten(2)
             planes[image] = planes[image] + y[rows].flatten(0, 1).mT @ strips.flatten(0, 1)
@@ -261,11 +201,7 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         return torch.randn(size, dtype=torch.float64).to(dtype)
 
     def boxes(count: int, images: int, width: float, height: float) -> Tensor:
-        corners = torch.rand(count, 4, dtype=torch.float64) * torch.tensor([width, height, width, height])
-        low, high = corners[:, :2].minimum(corners[:, 2:]), corners[:, :2].maximum(corners[:, 2:])
-        image = torch.randint(0, images, (count, 1))
-        # Sixty-fourths are exact where numbers are small, so that every type sees the same boxes.
-        return (torch.cat([image, low, high], 1) * 64).round().div(64).to(dtype)
+        return sample_boxes(count, images, width, height).to(dtype)
 
     yield Sample("one box, one bin", (rand(1, 1, 5, 6), boxes(1, 1, 5, 4), 1))
     yield Sample("no boxes", (rand(2, 3, 5, 6), boxes(0, 2, 6, 5), (2, 3)))
@@ -334,29 +270,12 @@ def _eager(
 
 
 def _workloads() -> Sequence[Workload]:
-    def make(images: int, channels: int, size: int, boxes: int, bins: int, scale: float, ratio: int) -> Any:
-        def made(dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            side = size / scale
-            # The pyramid hands a level the boxes that span about 14 to 28 of its pixels.
-            centre, extent = torch.rand(boxes, 2) * side, (14 + 14 * torch.rand(boxes, 2)) / scale
-            corners = torch.cat([centre - extent / 2, centre + extent / 2], 1).clamp(0, side)
-            image = torch.arange(boxes) % images
-            rows = torch.cat([image[:, None].float(), corners], 1)
-            features = torch.randn(images, channels, size, size)
-            return (features.to(dtype), rows.to(dtype), bins, scale, ratio), {}
-
-        return made
-
     rows = {
-        "box head 1000x256x7x7 of 200x200": make(1, 256, 200, 1000, 7, 0.25, 2),
-        "training 2x512 boxes 256x7x7 of 100x100": make(2, 256, 100, 1024, 7, 0.125, 2),
-        "res5 head 100x1024x14x14 of 50x50": make(1, 1024, 50, 100, 14, 0.0625, -1),
+        "box head 1000x256x7x7 of 200x200": inputs(1, 256, 200, 1000, 7, 0.25, 2),
+        "training 2x512 boxes 256x7x7 of 100x100": inputs(2, 256, 100, 1024, 7, 0.125, 2),
+        "res5 head 100x1024x14x14 of 50x50": inputs(1, 1024, 50, 100, 14, 0.0625, -1),
     }
-    # bfloat16 cannot name a box at 800 pixels exactly, and torchvision wants boxes of the features' type.
-    return [
-        Workload(label, torch.float32, made, fixed=(1,), family="boxes", size=i)
-        for i, (label, made) in enumerate(rows.items())
-    ]
+    return workloads(rows)
 
 
 OP = register(

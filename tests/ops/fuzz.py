@@ -201,7 +201,8 @@ def patch_embed(d: Draw) -> Sample:
     return Sample("fuzz", (pixels, d.floats(c, cin, ph, pw, std=(cin * ph * pw) ** -0.5), bias), kwargs)
 
 
-def roi_align(d: Draw) -> Sample:
+def _regions(d: Draw) -> tuple[Tensor, Tensor, tuple[int, int], float]:
+    """Features, boxes in and around them, bins and scale."""
     n, k, scale = d.some(3), d.size(31), d.pick(1.0, 0.5, 0.25)
     height, width = d.some(), d.some()
     corners = torch.rand(k, 4, generator=d.generator, dtype=torch.float64) * 1.4 - 0.2
@@ -212,8 +213,15 @@ def roi_align(d: Draw) -> Sample:
     if d.chance(0.3):
         features = features.contiguous(memory_format=torch.channels_last)
     bins = (d.pick(1, 2, 7, 8, 14, 17), d.pick(1, 2, 7, 9, 14, 33))
-    args = (features, rows.to(d.dtype), bins, scale, d.pick(-1, -1, 1, 2, 3), d.chance(0.5))
-    return Sample("fuzz", args)
+    return features, rows.to(d.dtype), bins, scale
+
+
+def roi_align(d: Draw) -> Sample:
+    return Sample("fuzz", (*_regions(d), d.pick(-1, -1, 1, 2, 3), d.chance(0.5)))
+
+
+def roi_pool(d: Draw) -> Sample:
+    return Sample("fuzz", _regions(d))
 
 
 def sigmoid_contrastive(d: Draw) -> Sample:
@@ -242,6 +250,7 @@ FUZZED: dict[str, tuple[Callable[[Draw], Sample], tuple[torch.dtype, ...]]] = {
     "nms": (nms, EXACT),
     "patch_embed": (patch_embed, EVERY),
     "roi_align": (roi_align, EVERY),
+    "roi_pool": (roi_pool, EVERY),
     "sigmoid_contrastive": (sigmoid_contrastive, EVERY),
     "triplet_loss": (triplet_loss, EXACT),
 }
