@@ -27,7 +27,7 @@ from pymm.ops._tolerance import allowed, error  # noqa: E402
 if not (ROOT / "pymm" / "triton_kernels").exists():
     pymm.__path__.append(str(ROOT))  # the folders that an installed pymm has inside
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # the last for CUDA C++ only
 
 
 def run_tests(settings: argparse.Namespace, end: float) -> list[dict[str, Any]]:

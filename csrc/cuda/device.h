@@ -32,7 +32,12 @@
 #define PYMM_SYNC() __syncthreads()
 #define PYMM_SYNC_WARP() __syncwarp()
 #define PYMM_UNROLL _Pragma("unroll")
+#define PYMM_PRAGMA(text) _Pragma(#text)
+#define PYMM_UNROLL_BY(n) PYMM_PRAGMA(unroll n)
 #define PYMM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+// A thread may have every register: otherwise the assembler may spill a few to fit another block beside this one.
+#define PYMM_EVERY_REGISTER(threads) __launch_bounds__(threads, 1)
+#define PYMM_TRAP() __trap()
 #define PYMM_DISPATCH_KEY CUDA
 #else
 #include "emulation.h"

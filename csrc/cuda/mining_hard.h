@@ -56,21 +56,25 @@ PYMM_GLOBAL PYMM_LAUNCH_BOUNDS(kSide* kSide) void hardest_kernel(Side<T> anchors
   const Rows<Acc, T> of_a{anchors.rows + first * d, n - first, d, 1};
   Acc inverse[kEach];
   int64_t label[kEach];
+  PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) {
     const int64_t row = first + ty + i * kSide;
     inverse[i] = row < n ? anchors.inverse[row] : Acc(0);
     label[i] = row < n ? labels[row] : 0;
   }
   Found<Acc> positive[kEach], negative[kEach];
+  PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) positive[i] = negative[i] = {Acc(0), -1};
   for (int64_t column = group * kTile; column < n; column += groups * kTile) {
     Acc sums[kEach][kEach] = {};
     add_product(slabs, d, false, of_a, false, Rows<Acc, T>{candidates.rows + column * d, n - column, d, 1}, sums);
+    PYMM_UNROLL
     for (int j = 0; j < kEach; ++j) {
       const int64_t candidate = column + tx + j * kSide;
       if (candidate >= n) continue;
       const Acc of_candidate = candidates.inverse[candidate];
       const int64_t own = labels[candidate];
+      PYMM_UNROLL
       for (int i = 0; i < kEach; ++i) {
         const Acc s = sums[i][j] * inverse[i] * of_candidate;
         if (own != label[i]) {
@@ -82,6 +86,7 @@ PYMM_GLOBAL PYMM_LAUNCH_BOUNDS(kSide* kSide) void hardest_kernel(Side<T> anchors
     }
   }
   const auto store = [&](const Found<Acc>(&best)[kEach], int side) {
+    PYMM_UNROLL
     for (int i = 0; i < kEach; ++i) {
       values[ty + i * kSide][tx] = best[i].value;
       at[ty + i * kSide][tx] = best[i].at;

@@ -37,8 +37,11 @@ PYMM_DEVICE void add_product(Slabs<Acc>& slabs, int64_t depth, bool a_rows_adjac
     fill_slab<Acc>(slabs.a, first, depth, a_rows_adjacent, a);
     fill_slab<Acc>(slabs.b, first, depth, b_rows_adjacent, b);
     PYMM_SYNC();
+    PYMM_UNROLL_BY(4)
     for (int k = 0; k < Slabs<Acc>::kDepth; ++k) {
+      PYMM_UNROLL
       for (int i = 0; i < kEach; ++i) {
+        PYMM_UNROLL
         for (int j = 0; j < kEach; ++j) sums[i][j] += slabs.a[k][ty + i * kSide] * slabs.b[k][tx + j * kSide];
       }
     }
@@ -79,10 +82,12 @@ PYMM_GLOBAL PYMM_LAUNCH_BOUNDS(kSide* kSide) void product_kernel(const A* a, con
   };
   Acc sums[kEach][kEach] = {};
   add_product(slabs, p.depth, p.a_row == 1, of_a, p.b_row == 1, scaled, sums);
+  PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) {
     const int64_t r = row + ty + i * kSide;
     if (r >= p.rows) continue;
     const Acc scale = row_scale != nullptr ? row_scale[batch * p.rows + r] : Acc(1);
+    PYMM_UNROLL
     for (int j = 0; j < kEach; ++j) {
       const int64_t s = column + tx + j * kSide;
       if (s >= p.columns) continue;

@@ -77,8 +77,9 @@ def attention(
         Scores, softmax and sums are in float32 at least. A row that may attend nowhere gives zeros and zero
         gradients. The dropout mask is a function of one seed drawn from torch's generator, the head, the row
         and the column only, so backward sees the same mask and every backend draws it alike. On a GPU
-        Triton makes each float32 product of three TF32 products, or of one where torch allows TF32, and
-        float32 heads of dimension above 64 go to the reference.
+        Triton makes each float32 product of three TF32 products, or of one where torch allows TF32; float32
+        heads of dimension above 64 go to the CUDA kernels, which multiply in float32, or
+        to the reference where those are not built.
 
     Kept for backward: the arguments, the output and the log-sum-exp.
     """

@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def load_emulated(sources: Iterable[Path], folder: Path) -> None:

@@ -26,7 +26,10 @@
 #define PYMM_SYNC() ::pymm::emulation::machine.wait_for_block()
 #define PYMM_SYNC_WARP() ::pymm::emulation::sync_warp()
 #define PYMM_UNROLL
+#define PYMM_UNROLL_BY(n)
 #define PYMM_LAUNCH_BOUNDS(threads)
+#define PYMM_EVERY_REGISTER(threads)
+#define PYMM_TRAP() ::pymm::emulation::machine.fail("a kernel trapped")
 #define PYMM_DISPATCH_KEY CPU
 
 struct dim3 {

@@ -6,24 +6,15 @@ import pytest
 import torch
 
 from pymm.ops import _dispatch, _gpu
-from pymm.ops._record import REGISTRY, library_of
-from tests.cuda.compiled import ROOT, load_emulated
+from tests.cuda.compiled import SOURCES
 from tests.ops.harness import DTYPES, cases, run, sample_of
 from tests.ops.test_records import check
 
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 NAMES = {source.stem for source in SOURCES}
 CASES = [pytest.param(n, i, id=f"{n}-{label}".replace(" ", "_")) for n, i, label in cases() if n in NAMES]
 
 
-@pytest.fixture(scope="module")
-def _emulated(tmp_path_factory):
-    load_emulated(SOURCES, tmp_path_factory.mktemp("cuda"))
-    for name in NAMES:
-        library_of("cuda", REGISTRY[name])
-
-
-@pytest.mark.usefixtures("_emulated", "poisoned")
+@pytest.mark.usefixtures("emulated", "poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "index"), CASES)
 def test_kernel_equals_reference_in_float64(
