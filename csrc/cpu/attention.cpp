@@ -115,7 +115,11 @@ class MaskGradient {
         problems_(problems.count),
         per_head_(mask.size(1) > 1 || groups * heads_ == 1),
         in_place_(mask.size(2) == rows && mask.size(3) == columns),
-        sums_(zeros({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, mask, acc_type_)) {
+        turned_(in_place_ && heads_ == 1),
+        ld_(round_up(rows, kTurnedRows)),
+        kernels_(kernels_for(attention_backward_table(), problems.dtype, problems.call)),
+        sums_(turned_ ? zeros({mask.size(0), mask.size(1), columns, ld_}, mask, acc_type_)
+                      : zeros({mask.size(0), mask.size(1), mask.size(2), mask.size(3)}, mask, acc_type_)) {
     if (in_place_) find_owners(batch);
     tasks_.place = [this](int64_t problem, int64_t range, AttentionBackward& with) { place(problem, range, with); };
     tasks_.prepare = [this](int64_t ranges) {
@@ -132,10 +136,19 @@ class MaskGradient {
     if (!in_place_) {
       dispatch(dtype_, [&]<class T>() { join_parts<Accumulator<T>>(); });
     }
-    if (mask_.scalar_type() == acc_type_) return sums_;
+    const bool widened = mask_.scalar_type() == acc_type_;
+    if (widened && !turned_) return sums_;
     Tensor gradient = empty({mask_.size(0), mask_.size(1), mask_.size(2), mask_.size(3)}, mask_);
     const Rows& rows_of = rows_for(dtype_);
     const int64_t element = mask_.element_size();
+    if (turned_) {
+      parallel_tasks(mask_.size(0) * mask_.size(1), [&](int64_t i) {
+        kernels_.turn_mask(static_cast<const char*>(sums_.data_ptr()) + i * matrix() * sums_.element_size(), ld_,
+                           mask_.size(2), mask_.size(3), widened,
+                           static_cast<char*>(gradient.data_ptr()) + i * mask_.size(2) * mask_.size(3) * element);
+      });
+      return gradient;
+    }
     parallel_ranges(sums_.numel(), 4096, [&](int64_t begin, int64_t end) {
       rows_of.narrow(data<float>(sums_) + begin, 1.0, end - begin,
                      static_cast<char*>(gradient.data_ptr()) + begin * element);
@@ -144,7 +157,7 @@ class MaskGradient {
   }
 
  private:
-  int64_t matrix() const { return mask_.size(2) * mask_.size(3); }
+  int64_t matrix() const { return turned_ ? mask_.size(3) * ld_ : mask_.size(2) * mask_.size(3); }
   int64_t part_elements() const { return (per_head_ ? heads_ : 1) * matrix(); }
   int64_t first_element(int64_t problem) const {
     const int64_t b = mask_.size(0) > 1 ? problem / groups_ : 0;
@@ -169,6 +182,10 @@ class MaskGradient {
     with.mask_head_stride = per_head_ ? matrix() : 0;
     with.mask_row_stride = mask_.size(2) > 1 ? mask_.size(3) : 0;
     with.mask_column_stride = mask_.size(3) > 1 || in_place_ ? 1 : 0;
+    if (!turned_) return;
+    with.mask_turned = true;
+    with.mask_row_stride = 1;
+    with.mask_column_stride = ld_;
   }
 
   template <class Acc>
@@ -187,7 +204,9 @@ class MaskGradient {
   DType dtype_;
   ScalarType acc_type_;
   int64_t groups_, heads_, problems_, ranges_ = 1;
-  bool per_head_, in_place_;
+  bool per_head_, in_place_, turned_;
+  int64_t ld_;
+  const AttentionBackwardKernels& kernels_;
   Tensor sums_;
   std::optional<Tensor> parts_;
   MaskGradientTasks tasks_;

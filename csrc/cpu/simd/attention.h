@@ -66,7 +66,10 @@ struct AttentionBackward {
   // The accumulators to which the scores' gradients are added, or null; strides are 0 where the mask is broadcast.
   void* mask_gradient;
   int64_t mask_head_stride, mask_row_stride, mask_column_stride;
+  // They are turned: row stride 1, and each column has room for T rounded up to kTurnedRows. For one query head.
+  bool mask_turned;
 };
+constexpr int64_t kTurnedRows = 16;
 
 struct AttentionForwardKernels {
   // Rows [first, first + rows) of `heads` x T: out and lse.
@@ -93,6 +96,8 @@ struct AttentionBackwardKernels {
               void* scratch);
   // target = scale * (sum of `parts` arrays of accumulators, `part_stride` apart), in the input type.
   void (*join)(const void* parts, int64_t count, int64_t part_stride, double scale, int64_t n, void* target);
+  // A turned mask gradient, columns `ld` apart, to rows x columns, in the input type or as accumulators.
+  void (*turn_mask)(const void* turned, int64_t ld, int64_t rows, int64_t columns, bool accumulators, void* target);
 };
 
 // By DType.

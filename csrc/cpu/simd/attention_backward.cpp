@@ -1,240 +1,243 @@
 // Attention's backward pass over a range of columns of one key head.
-// On chip: a block of k and v, packed once, passes all rows while it is in L2; the scores of a block of rows and their
-// gradients stay in L2 from product to product, with one exponential each; so do the accumulators of dq, dk and dv.
-// Bytes: q and dout are read once per block of columns; no scores reach memory.
+// On chip: a block of rows (of q and dout, packed once for all products) passes all keys, 64 at a time. A register tile
+// of scores and of dout . v becomes weights and ds in L1, with one exponential each, in the layouts of the products
+// that follow; those sum over all rows of the block, or all keys of a chunk, in registers.
+// Bytes: q and dout are read once, k and v once per block of rows; no scores reach memory.
 // Range: where ds becomes float16, which ends at 65504 and thins out below 2^-14, it is held times a power of two that
 // brings its bound near the end; dq and dk are divided by it.
-// Ragged edges: packed operands are padded with zeros, rows that were padded have a log-sum-exp of infinity.
+// Ragged edges: packed operands are padded with zeros, and what a row does not see is zero in weights and ds.
 #include "cpu/simd/attention.h"
-#include "cpu/simd/attention_blocks.h"
+#include "cpu/simd/attention_plan.h"
 
 namespace pymm::PYMM_ISA {
 namespace {
 
-constexpr int64_t kBackwardRows = 64, kBackwardColumns = 256;
-
 template <class T>
 struct Backward {
   using Blocks = AttentionBlocks<T>;
+  using Gradient = AttentionGradient<T>;
   using Acc = typename Blocks::Acc;
   using V = typename Blocks::V;
   using E = typename Blocks::E;
-  using Rows = typename Blocks::Rows;
-  using RowBlock = typename Blocks::RowBlock;
+  using Number = typename Gradient::Number;
+  using Plan = BackwardPlan<T>;
   using RegisterTile = typename Blocks::RegisterTile;
   static constexpr int lanes = Blocks::lanes;
+  static constexpr int64_t kKeys = Gradient::kKeys;
 
-  struct BackwardPlan {
-    int64_t depth, depth_v;       // of rows of q and k, of dout and v
-    int64_t width;                // of rows of k as B, and of dq's accumulators
-    int64_t turned, turned_v;     // rows of q^T and dout^T
-    int64_t block, stride, rows;  // columns of a block, from score row to score row, all rows of the heads
-    E *k, *v, *k_units, *q, *dout, *q_turned, *dout_turned, *ds_rows;
-    Acc *scores, *dp, *dq, *dk, *dv, *shift, *offset, *factors;
-    Acc power = 1;  // that ds is held times
-
-    BackwardPlan(const AttentionCall& call, const AttentionHead& head, int64_t columns, Parts& parts) {
-      depth = round_up(call.d, Blocks::kUnit);
-      depth_v = round_up(call.dv, Blocks::kUnit);
-      width = round_up(call.d, Blocks::kColumnUnit);
-      turned = round_up(call.d, Blocks::kRowUnit);
-      turned_v = round_up(call.dv, Blocks::kRowUnit);
-      block = min_of(columns, kBackwardColumns);
-      stride = Blocks::score_stride(block);
-      rows = call.heads * head.rows;
-      k = parts.take<E>(ceil_div(block, Blocks::kTileColumns) * panel_elements<T>(depth));
-      v = parts.take<E>(ceil_div(block, Blocks::kTileColumns) * panel_elements<T>(depth_v));
-      k_units = parts.take<E>(round_up(block, Blocks::kUnit) * width);
-      q = parts.take<E>(kBackwardRows * depth);
-      dout = parts.take<E>(kBackwardRows * depth_v);
-      q_turned = parts.take<E>(turned * kBackwardRows);
-      dout_turned = parts.take<E>(turned_v * kBackwardRows);
-      ds_rows = parts.take<E>(Blocks::kPair == 2 ? kBackwardRows * stride : 0);
-      scores = parts.take<Acc>(kBackwardRows * stride);
-      dp = parts.take<Acc>(kBackwardRows * stride);
-      dq = parts.take<Acc>(round_up(rows, Blocks::kRowPad) * width);
-      dk = parts.take<Acc>(turned * stride);
-      dv = parts.take<Acc>(turned_v * stride);
-      shift = parts.take<Acc>(rows);
-      offset = parts.take<Acc>(rows);
-      factors = parts.take<Acc>(call.dropout_p > 0 ? 2 * round_up(block, 64) : 0);
-    }
-  };
-
+  // A float mask may want its gradient.
   static int64_t backward_bytes(const AttentionCall& call, const AttentionHead& head, int64_t columns) {
     Parts parts(nullptr);
-    BackwardPlan plan(call, head, columns, parts);
+    const Plan plan(call, head, columns, head.bias_type != Bias::none, parts);
     return parts.used();
   }
 
-  // Each row's log-sum-exp in powers of two, infinity where it attends nowhere, and sum(dout * out) - dlse.
-  static void row_statistics(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
-                             BackwardPlan& plan, int64_t first, int64_t columns) {
-    Acc largest_dout = 0, largest_offset = 0;  // squared norm, magnitude
-    for_runs(0, plan.rows, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
-      const int64_t at = query_head * with.lse_stride + t;
-      const Acc* lse = static_cast<const Acc*>(with.lse) + at;
-      const Acc* dlse = with.dlse ? static_cast<const Acc*>(with.dlse) + at : nullptr;
-      for (int64_t i = 0; i < run; ++i) {
-        const T *g = with.dout.at<T>(query_head, t + i), *o = with.out.at<T>(query_head, t + i);
-        V sum{}, squares{};
-        for (int64_t d = 0; d < call.dv; d += lanes) {
-          const V value = load_some(g + d, call.dv - d);
-          sum += value * load_some(o + d, call.dv - d);
-          if constexpr (Rows::ds_is_scaled) squares += value * value;
-        }
-        plan.shift[done + i] = lse[i] == -Blocks::kInfinity ? Blocks::kInfinity : lse[i] * static_cast<Acc>(kLog2e);
-        plan.offset[done + i] = reduce_add(sum) - (dlse ? dlse[i] : Acc{0});
-        if constexpr (Rows::ds_is_scaled) {
-          largest_dout = larger(largest_dout, reduce_add(squares));
-          largest_offset = larger(largest_offset, __builtin_fabsf(plan.offset[done + i]));
+  // Writes rows that accumulators hold as columns: row i is put(head, row, d, line).
+  template <class Put>
+  static void each_turned(const Acc* from, int64_t ld, const AttentionHead& head, int64_t first, int64_t count,
+                          int64_t width, Put&& put) {
+    for_runs(first, count, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
+      for (int64_t i = 0; i < run; i += lanes) {
+        for (int64_t d = 0; d < width; d += lanes) {
+          Gradient::turned(from + d * ld + done + i, ld, width - d, [&](int q, V line) {
+            if (i + q < run) put(query_head, t + i + q, d, line);
+          });
         }
       }
     });
-    if constexpr (Rows::ds_is_scaled) {
-      Acc largest_v = 0;
-      for (int64_t column = first; column < first + columns; ++column) {
-        const T* row = head.v.at<T>(0, column);
-        V squares{};
-        for (int64_t d = 0; d < call.dv; d += lanes) {
-          const V value = load_some(row + d, call.dv - d);
-          squares += value * value;
-        }
-        largest_v = larger(largest_v, reduce_add(squares));
-      }
-      const Acc kept = call.dropout_p < 1 ? static_cast<Acc>(1 / (1 - call.dropout_p)) : Acc{0};
-      plan.power = power_for(kept * __builtin_sqrtf(largest_dout) * __builtin_sqrtf(largest_v) + largest_offset);
-    }
-  }
-  static Acc larger(Acc a, Acc b) { return b > a ? b : a; }
-
-  // The power of two that brings numbers up to `bound` to 2^14 at most; 1 where there is none.
-  static float power_for(float bound) {
-    const int exponent = static_cast<int>(bit_cast<uint32_t>(bound) >> 23) - 126;  // bound < 2^exponent
-    if (exponent < -100 || exponent > 100) return 1;
-    return bit_cast<float>(static_cast<uint32_t>(14 - exponent + 127) << 23);
-  }
-
-  // Weights, and the gradient of the scores, of a block of rows.
-  static void softmax_gradient(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
-                               const BackwardPlan& plan, const RowBlock& block, int64_t first, int64_t column) {
-    const bool is_plain = Blocks::plain(call, head);
-    const Acc unit = static_cast<Acc>(is_plain ? call.scale * kLog2e : kLog2e);
-    const int64_t padded = round_up(block.most, Blocks::kWeightPad);
-    const auto row_of = [&](int64_t i, Acc* factors) {
-      const int64_t h = block.head[i], t = block.row[i], n = block.seen[i];
-      typename Rows::GradientRow row{
-          plan.scores + i * plan.stride, plan.dp + i * plan.stride, n, Blocks::kInfinity, 0, nullptr, nullptr, 1};
-      if (i >= block.count) return row;
-      if (!is_plain) Rows::mask_row(head, call.scale, h, t, column, row.s, n);
-      row.shift = plan.shift[first + i];
-      row.offset = plan.offset[first + i];
-      if (call.dropout_p > 0) {
-        dropout_factors(call, head.first_head + h, t, column, n, factors);
-        row.factors = factors;
-      }
-      if (with.mask_gradient) {
-        row.mask_gradient = static_cast<Acc*>(with.mask_gradient) + h * with.mask_head_stride +
-                            t * with.mask_row_stride + column * with.mask_column_stride;
-        row.mask_stride = with.mask_column_stride;
-      }
-      return row;
-    };
-    for (int64_t i = 0; i < block.padded; i += 2) {
-      const auto upper = row_of(i, plan.factors), lower = row_of(i + 1, plan.factors + round_up(plan.block, 64));
-      Rows::gradient_rows(upper, lower, padded, unit, plan.power, plan.ds_rows + i * plan.stride, plan.stride);
-    }
-  }
-
-  // Rows of dk or dv from accumulators that hold them as columns.
-  static void write_turned(const Acc* from, int64_t ld, int64_t columns, int64_t width, double scale,
-                           const HeadView& to, int64_t first) {
-    const V factor = broadcast<Acc>(static_cast<Acc>(scale));
-    for (int64_t s = 0; s < columns; s += lanes) {
-      for (int64_t d = 0; d < width; d += lanes) {
-        const auto put = [&](int64_t q, V line) {
-          if (s + q < columns) store_some(to.at<T>(0, first + s + q) + d, line * factor, width - d);
-        };
-        if constexpr (__is_same(Acc, float)) {
-          turn([&](int r) { return d + r < width ? bit_cast<vuint>(load(from + (d + r) * ld + s)) : vuint{}; }, lanes,
-               [&](int q, vuint line) { put(q, bit_cast<V>(line)); });
-        } else {
-          for (int64_t q = 0; q < lanes; ++q) {
-            V line{};
-            for (int64_t r = 0; r < min_of(lanes, width - d); ++r) line[r] = from[(d + r) * ld + s + q];
-            put(q, line);
-          }
-        }
-      }
-    }
   }
 
   static void write_dq(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& to,
-                       const BackwardPlan& plan) {
-    const Acc inverse = 1 / plan.power;
-    const V factor = broadcast<Acc>(static_cast<Acc>(call.scale) * inverse);
-    for_runs(0, plan.rows, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
-      for (int64_t i = 0; i < run; ++i) {
-        const Acc* from = plan.dq + (done + i) * plan.width;
-        if (to.dq_partial) {
-          Acc* part = static_cast<Acc*>(to.dq_partial) + (done + i) * call.d;
-          for (int64_t d = 0; d < call.d; ++d) part[d] = from[d] * inverse;
-          continue;
-        }
-        T* row = to.dq.at<T>(query_head, t + i);
-        for (int64_t d = 0; d < call.d; d += lanes) store_some(row + d, load(from + d) * factor, call.d - d);
+                       const Plan& plan, int64_t first, int64_t count) {
+    const V inverse = broadcast<Acc>(1 / plan.power), factor = inverse * broadcast<Acc>(static_cast<Acc>(call.scale));
+    each_turned(plan.dq, plan.ld_dq, head, first, count, call.d, [&](int64_t h, int64_t t, int64_t d, V line) {
+      if (to.dq_partial) {
+        store_some(static_cast<Acc*>(to.dq_partial) + (h * head.rows + t) * call.d + d, line * inverse, call.d - d);
+      } else {
+        store_some(to.dq.at<T>(h, t) + d, line * factor, call.d - d);
       }
     });
   }
 
-  static void backward(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
-                       int64_t first, int64_t columns, void* scratch) {
-    Parts parts(scratch);
-    BackwardPlan plan(call, head, columns, parts);
-    RowBlock block;
-    row_statistics(call, head, with, plan, first, columns);
-    memset(plan.dq, 0, static_cast<size_t>(round_up(plan.rows, Blocks::kRowPad) * plan.width) * sizeof(Acc));
-    RegisterTile::begin();
-    for (int64_t column = first; column < first + columns; column += plan.block) {
-      const int64_t count = min_of(plan.block, first + columns - column);
-      pack_panels<T>(head.k.at<T>(0, column), head.k.row_stride, count, call.d, plan.depth, plan.k);
-      pack_panels<T>(head.v.at<T>(0, column), head.v.row_stride, count, call.dv, plan.depth_v, plan.v);
-      pack_units<T>(head.k.at<T>(0, column), head.k.row_stride, count, call.d, round_up(count, Blocks::kUnit),
-                    plan.k_units, plan.width);
-      memset(plan.dk, 0, static_cast<size_t>(plan.turned * plan.stride) * sizeof(Acc));
-      memset(plan.dv, 0, static_cast<size_t>(plan.turned_v * plan.stride) * sizeof(Acc));
-      for (int64_t r = 0; r < plan.rows; r += kBackwardRows) {
-        Blocks::lay(call, head, r, min_of(kBackwardRows, plan.rows - r), column, count, block);
-        if (block.most == 0) continue;
-        backward_block(call, head, with, plan, block, r, column);
-      }
-      write_turned(plan.dk, plan.stride, count, call.d, call.scale / plan.power, with.dk, column);
-      write_turned(plan.dv, plan.stride, count, call.dv, 1, with.dv, column);
+  // Rows [first, first + count) of dk or dv.
+  static void write_keys(const Acc* from, int64_t ld, int64_t width, Acc scale, const HeadView& to, int64_t first,
+                         int64_t count) {
+    for (int64_t s = 0; s < count; ++s, from += ld) {
+      T* row = to.at<T>(0, first + s);
+      for (int64_t d = 0; d < width; d += lanes) store_some(row + d, load(from + d) * broadcast<Acc>(scale), width - d);
     }
-    RegisterTile::end();
-    write_dq(call, head, with, plan);
   }
 
-  static void backward_block(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
-                             const BackwardPlan& plan, const RowBlock& block, int64_t first, int64_t column) {
-    Blocks::pack_block(head.q, head, first, block, call.d, plan.q, plan.depth);
-    Blocks::pack_block(with.dout, head, first, block, call.dv, plan.dout, plan.depth_v);
-    pack_rows_turned<T>(plan.q, plan.depth, block.padded, call.d, plan.turned, plan.q_turned, block.padded);
-    pack_rows_turned<T>(plan.dout, plan.depth_v, block.padded, call.dv, plan.turned_v, plan.dout_turned, block.padded);
-    Blocks::score(block, plan.q, plan.depth, plan.k, plan.scores, plan.stride);
-    Blocks::score(block, plan.dout, plan.depth_v, plan.v, plan.dp, plan.stride);
-    softmax_gradient(call, head, with, plan, block, first, column);
-    // Paired weights and ds of two rows lie in the upper one, so units are two rows of scores apart.
-    const int64_t unit_stride = Blocks::kPair * plan.stride * Blocks::kNarrowing;
-    const E *weights = reinterpret_cast<const E*>(plan.scores), *ds = reinterpret_cast<const E*>(plan.dp);
-    const auto all_rows = [&](int64_t) { return block.padded; };
-    multiply<T>(call.dv, block.most, all_rows, plan.dout_turned, block.padded, weights, unit_stride, plan.dv,
-                plan.stride, true);
-    multiply<T>(call.d, block.most, all_rows, plan.q_turned, block.padded, ds, unit_stride, plan.dk, plan.stride, true);
-    multiply<T>(
-        block.padded, plan.width, [&](int64_t i) { return block.seen_by_tile(i); },
-        Blocks::kPair == 2 ? plan.ds_rows : ds, plan.stride, plan.k_units, plan.width * Blocks::kPair,
-        plan.dq + first * plan.width, plan.width, true);
+  static void write_dk_dv(const AttentionCall& call, const AttentionBackward& to, const Plan& plan, int64_t first,
+                          int64_t count) {
+    write_keys(plan.dk, plan.width, call.d, static_cast<Acc>(call.scale) / plan.power, to.dk, first, count);
+    write_keys(plan.dv, plan.width_v, call.dv, 1, to.dv, first, count);
+  }
+
+  // As B of the products with k or v, and of those with ds or weights.
+  static void pack_across(const AttentionCall& call, const AttentionHead& head, const HeadView& from, int64_t first,
+                          int64_t count, int64_t width, T* staged, E* panels, int64_t depth, E* units,
+                          int64_t unit_width) {
+    const T* source = from.at<T>(0, first);
+    int64_t stride = from.row_stride;
+    if (call.heads > 1) {
+      for_runs(first, count, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
+        for (int64_t i = 0; i < run; ++i) {
+          memcpy(static_cast<void*>(staged + (done + i) * width), from.at<T>(query_head, t + i),
+                 static_cast<size_t>(width) * sizeof(T));
+        }
+      });
+      source = staged;
+      stride = width;
+    }
+    pack_panels<T>(source, stride, count, width, depth, panels);
+    pack_units<T>(source, stride, count, width, round_up(count, Blocks::kUnit), units, unit_width);
+  }
+
+  // What the rows [first, first + count) see of the columns [first_column, first_column + columns), counted from there.
+  static void lay_seen(const AttentionCall& call, const AttentionHead& head, const Plan& plan, int64_t first,
+                       int64_t count, int64_t first_column, int64_t columns) {
+    int64_t t = head.rows ? first % head.rows : 0;
+    for (int64_t i = 0; i < plan.block; ++i, t = t + 1 == head.rows ? 0 : t + 1) {
+      const int64_t limit = call.causal ? t + head.causal_offset + 1 - first_column : columns;
+      plan.seen[i] = static_cast<Number>(i < count ? max_of(0, min_of(limit, columns)) : 0);
+    }
+    for (int64_t v = 0; v < plan.block / lanes; ++v) {
+      int64_t most = 0, fewest = columns;
+      for (int64_t i = v * lanes; i < (v + 1) * lanes; ++i) {
+        most = max_of(most, plan.seen[i]);
+        fewest = min_of(fewest, plan.seen[i]);
+      }
+      plan.most[v] = static_cast<Number>(most);
+      plan.fewest[v] = static_cast<Number>(fewest);
+    }
+  }
+
+  // One block of rows against one block of keys, `n` of them from key `at` of the chunk on: weights, ds, dv and dk.
+  struct Keys {
+    int64_t at, column, from_first, n;
+  };
+  static void key_block(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
+                        const Plan& plan, int64_t first, int64_t count, const Keys& keys) {
+    const int64_t padded = round_up(keys.n, Blocks::kRowPad);
+    E* units = plan.units + keys.at * plan.ld;
+    const typename Gradient::Across across{plan.shift + first, plan.offset + first, plan.seen, plan.most, plan.fewest};
+    Acc* ds_sums = with.mask_gradient ? plan.ds_sums : nullptr;
+    if (with.mask_turned) {
+      ds_sums = static_cast<Acc*>(with.mask_gradient) + keys.column * with.mask_column_stride + first;
+    }
+    typename Gradient::Block block{keys.n,
+                                   static_cast<Acc>(call.scale * kLog2e),
+                                   plan.power,
+                                   plan.ld,
+                                   with.mask_turned ? with.mask_column_stride : plan.ld,
+                                   plan.has_added ? plan.added : nullptr,
+                                   call.dropout_p > 0 ? plan.factors : nullptr,
+                                   ds_sums,
+                                   with.mask_turned,
+                                   plan.weights,
+                                   Gradient::paired ? plan.ds : units,
+                                   units,
+                                   {}};
+    const MaskView& valid = head.valid;
+    for (int64_t i = 0; i < padded; ++i) {
+      const bool hidden = i >= keys.n || (valid.data && !*valid.at<uint8_t>(0, 0, keys.column + i));
+      block.limit[i] = static_cast<Number>(hidden ? plan.columns : keys.from_first + i);
+    }
+    Gradient::lay_terms(call, head, first, count, keys.column, keys.n, block);
+
+    Span seen[kKeys / Blocks::kRowUnit];
+    for (int64_t i = 0; i < padded; i += Blocks::kTileRows) {
+      const int64_t tile_keys = min_of(padded - i, Blocks::kTileRows);
+      seen[i / Blocks::kTileRows] = Gradient::seen_rows(across, block, i, tile_keys, plan.block);
+    }
+    const bool plain = !block.added && !block.factors && !block.ds_sums;
+    for (int64_t j = 0; j < plan.block; j += Blocks::kTileColumns) {
+      const E *q = plan.q + j * plan.depth, *dout = plan.dout + j * plan.depth_v;
+      for (int64_t i = 0; i < padded; i += Blocks::kTileRows) {
+        const Span& rows = seen[i / Blocks::kTileRows];
+        const int64_t tile_keys = min_of(padded - i, Blocks::kTileRows);
+        const int64_t end = min_of(j + Blocks::kTileColumns, plan.block);
+        const int64_t left = max_of(rows.from, j), right = min_of(rows.to, end);
+        for (int64_t t = j; t < min_of(left, end); t += lanes) Gradient::nothing_seen(block, i, tile_keys, t);
+        if (left < right) {
+          const int height = static_cast<int>(tile_keys), width = static_cast<int>(right - left);
+          RegisterTile::run(height, width, plan.depth, plan.k + (keys.at + i) * plan.depth, plan.depth,
+                            q + (left - j) * Blocks::kPair, Blocks::kTileColumns * Blocks::kPair, plan.scores,
+                            Blocks::kTileColumns, false);
+          RegisterTile::run(height, width, plan.depth_v, plan.v + (keys.at + i) * plan.depth_v, plan.depth_v,
+                            dout + (left - j) * Blocks::kPair, Blocks::kTileColumns * Blocks::kPair, plan.dp,
+                            Blocks::kTileColumns, false);
+          int64_t highest = 0;
+          for (int64_t key = 0; key < tile_keys; ++key) highest = max_of(highest, block.limit[i + key]);
+          for (int64_t t = left; t < right; t += lanes) {
+            const Acc *scores = plan.scores + t - left, *dp = plan.dp + t - left;
+            if (plain && plan.fewest[t / lanes] > highest) {
+              Gradient::template vector_of_rows<true>(across, block, i, tile_keys, t, scores, dp);
+            } else {
+              Gradient::template vector_of_rows<false>(across, block, i, tile_keys, t, scores, dp);
+            }
+          }
+        }
+        for (int64_t t = max_of(right, j); t < end; t += lanes) Gradient::nothing_seen(block, i, tile_keys, t);
+      }
+    }
+    const auto span = [&](int64_t i, int64_t, int64_t) {
+      const Span& rows = seen[i / Blocks::kTileRows];
+      return Span{rows.from / Blocks::kUnit * Blocks::kUnit, round_up(min_of(rows.to, count), Blocks::kUnit)};
+    };
+    const int64_t kept = plan.single ? 0 : keys.from_first;
+    multiply<T>(padded, plan.width_v, span, block.weights, plan.ld, plan.dout_units, plan.width_v * Blocks::kPair,
+                plan.dv + kept * plan.width_v, plan.width_v, !plan.single);
+    multiply<T>(padded, plan.width, span, block.ds, plan.ld, plan.q_units, plan.width * Blocks::kPair,
+                plan.dk + kept * plan.width, plan.width, !plan.single);
+    if (with.mask_gradient && !with.mask_turned)
+      Gradient::add_to_mask(head, with, first, count, keys.column, keys.n, block);
+  }
+
+  static void backward(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
+                       int64_t first_column, int64_t columns, void* scratch) {
+    Parts parts(scratch);
+    Plan plan(call, head, columns, with.mask_gradient, parts);
+    row_statistics<T>(call, head, with, plan, first_column, columns);
+    if (!plan.single) {
+      memset(plan.dk, 0, static_cast<size_t>(columns * plan.width) * sizeof(Acc));
+      memset(plan.dv, 0, static_cast<size_t>(columns * plan.width_v) * sizeof(Acc));
+    }
+    RegisterTile::begin();
+    for (int64_t first = 0; first == 0 || first < plan.rows; first += plan.block) {
+      const int64_t count = min_of(plan.block, plan.rows - first);
+      lay_seen(call, head, plan, first, count, first_column, columns);
+      pack_across(call, head, head.q, first, count, call.d, plan.staged, plan.q, plan.depth, plan.q_units, plan.width);
+      pack_across(call, head, with.dout, first, count, call.dv, plan.staged, plan.dout, plan.depth_v, plan.dout_units,
+                  plan.width_v);
+      int64_t end = 0;  // of the columns that any of these rows sees
+      for (int64_t v = 0; v < plan.block / lanes; ++v) end = max_of(end, plan.most[v]);
+      for (int64_t chunk = 0; chunk < (plan.single ? columns : end); chunk += plan.chunk) {
+        const int64_t n = min_of(plan.chunk, columns - chunk), padded = round_up(n, Blocks::kRowPad);
+        const T *k = head.k.at<T>(0, first_column + chunk), *v = head.v.at<T>(0, first_column + chunk);
+        pack_rows<T>(k, head.k.row_stride, n, call.d, padded, plan.k, plan.depth);
+        pack_rows<T>(v, head.v.row_stride, n, call.dv, padded, plan.v, plan.depth_v);
+        pack_rows_turned<T>(plan.k, plan.depth, padded, call.d, plan.turned, plan.k_turned, plan.ld_k);
+        for (int64_t at = 0; at < n; at += kKeys) {
+          const Keys keys{at, first_column + chunk + at, chunk + at, min_of(kKeys, n - at)};
+          key_block(call, head, with, plan, first, count, keys);
+          if (plan.single) write_dk_dv(call, with, plan, keys.column, keys.n);
+        }
+        const auto seen_keys = [&](int64_t, int64_t j, int64_t width) {
+          int64_t most = 0;
+          for (int64_t v = j / lanes; v < (j + width) / lanes; ++v) most = max_of(most, plan.most[v]);
+          return Span{0, min_of(padded, round_up(max_of(0, most - chunk), Blocks::kUnit))};
+        };
+        multiply<T>(call.d, count, seen_keys, plan.k_turned, plan.ld_k, plan.units, plan.ld * Blocks::kPair, plan.dq,
+                    plan.ld_dq, chunk > 0);
+      }
+      if (columns == 0 || end == 0) memset(plan.dq, 0, static_cast<size_t>(plan.turned * plan.ld_dq) * sizeof(Acc));
+      write_dq(call, head, with, plan, first, count);
+      if (plan.block == 0) break;
+    }
+    RegisterTile::end();
+    if (!plan.single) write_dk_dv(call, with, plan, first_column, columns);
   }
 
   static void join(const void* parts, int64_t count, int64_t part_stride, double scale, int64_t n, void* target) {
@@ -247,7 +250,27 @@ struct Backward {
     }
   }
 
-  static constexpr AttentionBackwardKernels table{&backward_bytes, &backward, &join};
+  template <class U>
+  static void turn_mask_to(const Acc* from, int64_t ld, int64_t rows, int64_t columns, U* target) {
+    for (int64_t t = 0; t < rows; t += lanes) {
+      for (int64_t c = 0; c < columns; c += lanes) {
+        Gradient::turned(from + c * ld + t, ld, columns - c, [&](int q, V line) {
+          if (t + q < rows) store_some(target + (t + q) * columns + c, line, columns - c);
+        });
+      }
+    }
+  }
+  static void turn_mask(const void* turned, int64_t ld, int64_t rows, int64_t columns, bool accumulators,
+                        void* target) {
+    const Acc* from = static_cast<const Acc*>(turned);
+    if (accumulators) {
+      turn_mask_to(from, ld, rows, columns, static_cast<Acc*>(target));
+    } else {
+      turn_mask_to(from, ld, rows, columns, static_cast<T*>(target));
+    }
+  }
+
+  static constexpr AttentionBackwardKernels table{&backward_bytes, &backward, &join, &turn_mask};
 };
 
 }  // namespace

@@ -179,6 +179,30 @@ struct AttentionBlocks {
     return static_cast<float>(kLn2) * (maximum + __builtin_log2f(sum));
   }
   static double log_sum_exp(double maximum, double sum) { return kLn2 * (maximum + __builtin_log2(sum)); }
+
+  // The same of a vector of rows; those that attend nowhere have a sum of 0.
+  static V log_sum_exp(V maximum, V sum) {
+    const V log = (maximum + log2_of(sum)) * broadcast<Acc>(static_cast<Acc>(kLn2));
+    return sum == V{} ? broadcast<Acc>(-kInfinity) : log;
+  }
+  // log2(x) of normal numbers within 2 units in the last place: x = 2^n m with m from sqrt(1/2) to sqrt(2), and
+  // ln m = 2 atanh((m - 1) / (m + 1)) as a series.
+  static vfloat log2_of(vfloat x) {
+    constexpr int32_t kRootHalf = 0x3f3504f3;
+    const vint bits = (vint)x - kRootHalf;
+    const vfloat n = __builtin_convertvector(bits >> 23, vfloat), m = (vfloat)((bits & 0x7fffff) + kRootHalf);
+    const vfloat z = (m - 1.0f) / (m + 1.0f), q = z * z;
+    vfloat p = q * (1.0f / 9) + 1.0f / 7;
+    p = p * q + 1.0f / 5;
+    p = p * q + 1.0f / 3;
+    p = (p * q) * z + z;
+    const vfloat log = p * static_cast<float>(2 * kLog2e) + n;
+    return x < __builtin_inff() ? log : x;
+  }
+  static vdouble log2_of(vdouble x) {
+    for (int i = 0; i < lanes_of<double>(); ++i) x[i] = __builtin_log2(x[i]);
+    return x;
+  }
 };
 
 }  // namespace pymm::PYMM_ISA

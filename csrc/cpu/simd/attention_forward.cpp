@@ -63,11 +63,13 @@ struct Forward {
                           int64_t width) {
     for_runs(first, count, head.rows, [&](int64_t done, int64_t query_head, int64_t t, int64_t run) {
       Acc* lse = static_cast<Acc*>(to.lse) + query_head * to.lse_stride + t;
+      for (int64_t i = 0; i < run; i += lanes) {
+        const V maximum = load_some(maxima + done + i, run - i), sum = load_some(sums + done + i, run - i);
+        store_some(lse + i, Blocks::log_sum_exp(maximum, sum), run - i);
+      }
       for (int64_t i = 0; i < run; ++i) {
         const Acc sum = sums[done + i];
-        const bool nowhere = sum == 0;
-        const V inverse = broadcast<Acc>(nowhere ? Acc{0} : 1 / sum);
-        lse[i] = nowhere ? -Blocks::kInfinity : Blocks::log_sum_exp(maxima[done + i], sum);
+        const V inverse = broadcast<Acc>(sum == 0 ? Acc{0} : 1 / sum);
         T* row = to.out.at<T>(query_head, t + i);
         const Acc* from = out + (done + i) * width;
         for (int64_t d = 0; d < call.dv; d += lanes) store_some(row + d, load(from + d) * inverse, call.dv - d);
@@ -96,7 +98,8 @@ struct Forward {
         Blocks::softmax(call, head, block, column, column > 0, {plan.scores, plan.stride, plan.factors},
                         {plan.maxima + kept, plan.sums + kept, out, plan.width});
         multiply<T>(
-            block.padded, plan.width, [&](int64_t i) { return block.seen_by_tile(i); },
+            block.padded, plan.width,
+            [&](int64_t i, int64_t, int64_t) { return Span{0, round_up(block.seen_by_tile(i), Blocks::kUnit)}; },
             reinterpret_cast<const E*>(plan.scores), plan.stride * Blocks::kNarrowing, plan.v,
             plan.width * Blocks::kPair, out, plan.width, column > 0);
         if (plan.single) finish_rows(call, head, to, first + r, count, plan.maxima, plan.sums, out, plan.width);

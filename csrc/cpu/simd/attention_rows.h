@@ -1,4 +1,4 @@
-// What attention does to one row of scores: masks, softmax, the gradient of softmax, dropout's factors.
+// What attention does to one row of scores: masks, softmax, dropout's factors.
 //
 // Exponentials are powers of two: a score x stands for 2^(unit * x), unit = scale * log2(e), or log2(e) where the masks
 // have already applied the scale. Weights replace the scores that they come from, in the tile's element type, which is
@@ -162,111 +162,6 @@ struct AttentionRows {
     }
     clear_weights(p, i, padded);
     return reduce_add(sum);
-  }
-
-  // One row of the gradient of softmax: what its loop needs.
-  struct GradientRow {
-    Acc *s, *dp;          // scores, and dout . v
-    int64_t n;            // columns that the row may see
-    Acc shift, offset;    // log-sum-exp in powers of two, and sum(dout * out) - dlse
-    const Acc* factors;   // dropout's, or null
-    Acc* mask_gradient;   // where ds is added, or null
-    int64_t mask_stride;  // 0: all of the row into one number
-  };
-
-  // Whether ds becomes float16, whose range it needs to be brought into.
-  static constexpr bool ds_is_scaled = __is_same(E, f16);
-
-  struct Gradient {
-    V weights, ds;
-  };
-
-  static Gradient gradient_of(const GradientRow& row, int64_t i, V unit, V& mask_sum) {
-    const int64_t left = row.n - i;
-    V p = vexp2(load(row.s + i) * unit - row.shift);
-    V dp = load(row.dp + i), weights = p;
-    if (row.factors) {
-      const V factor = load(row.factors + i);
-      dp *= factor;
-      weights *= factor;
-    }
-    V ds = p * (dp - row.offset);
-    if (left < lanes) {
-      const Lanes inside = first_lanes(left);
-      weights = inside ? weights : V{};
-      ds = inside ? ds : V{};
-    }
-    if (row.mask_gradient) {
-      if (row.mask_stride == 1) {
-        if (left > 0) {
-          store_some(row.mask_gradient + i, load_some(row.mask_gradient + i, left) + ds, left);
-        }
-      } else {
-        mask_sum += ds;
-      }
-    }
-    return {weights, ds};
-  }
-
-  static void finish_mask(const GradientRow& row, V mask_sum) {
-    if (row.mask_gradient && row.mask_stride == 0) *row.mask_gradient += reduce_add(mask_sum);
-  }
-
-#if PYMM_ISA_LEVEL >= 3
-  // Pairs of two rows: in the order of B's units, and row by row into `rows`.
-  static void store_pairs(E* units, V upper, V lower, E* upper_row, E* lower_row) {
-    const __m512i both = narrow(E{}, upper, lower);
-    _mm512_storeu_si512(units, interleave(both));
-    if (upper_row) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper_row), _mm512_castsi512_si256(both));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lower_row), _mm512_extracti64x4_epi64(both, 1));
-    }
-  }
-#endif
-
-  // Weights and ds of two rows, columns [0, padded), zero beyond what a row sees. Paired: the units of both weights
-  // replace the upper row's scores, the units of both ds its dp, and ds goes to `ds_rows`, `ds_ld` apart, too. Not
-  // paired: weights replace the scores and ds replaces dp. `power` is a power of two that ds is multiplied by if it is
-  // scaled.
-  static void gradient_rows(const GradientRow& upper, const GradientRow& lower, int64_t padded, Acc unit,
-                            [[maybe_unused]] Acc power, E* ds_rows, int64_t ds_ld) {
-    const V u = broadcast<Acc>(unit);
-    V upper_sum{}, lower_sum{};
-    const int64_t seen = round_up(max_of(upper.n, lower.n), lanes);
-    for (int64_t i = 0; i < seen; i += lanes) {
-      Gradient a = gradient_of(upper, i, u, upper_sum), b = gradient_of(lower, i, u, lower_sum);
-      if constexpr (ds_is_scaled) {
-        a.ds *= broadcast<Acc>(power);
-        b.ds *= broadcast<Acc>(power);
-      }
-#if PYMM_ISA_LEVEL >= 3
-      if constexpr (paired) {
-        store_pairs(reinterpret_cast<E*>(upper.s) + 2 * i, a.weights, b.weights, nullptr, nullptr);
-        store_pairs(reinterpret_cast<E*>(upper.dp) + 2 * i, a.ds, b.ds, ds_rows + i, ds_rows + ds_ld + i);
-        continue;
-      }
-#endif
-      if constexpr (!paired) {
-        store(upper.s + i, a.weights);
-        store(lower.s + i, b.weights);
-        store(upper.dp + i, a.ds);
-        store(lower.dp + i, b.ds);
-      }
-    }
-    if (seen < padded) {
-      const size_t bytes = static_cast<size_t>(padded - seen) * sizeof(Acc);
-      memset(upper.s + seen, 0, bytes);
-      memset(upper.dp + seen, 0, bytes);
-      if constexpr (paired) {
-        clear_weights(ds_rows, seen, padded);
-        clear_weights(ds_rows + ds_ld, seen, padded);
-      } else {
-        memset(lower.s + seen, 0, bytes);
-        memset(lower.dp + seen, 0, bytes);
-      }
-    }
-    finish_mask(upper, upper_sum);
-    finish_mask(lower, lower_sum);
   }
 };
 

@@ -188,18 +188,25 @@ inline int64_t next_columns(int64_t left) {
   return left == 4 * Tile<T>::kColumnUnit ? 2 * Tile<T>::kColumnUnit : min_of(left, Tile<T>::kColumns);
 }
 
-// C[m x n] (+)= A . B for B whole; m and n are rounded up to the tile's units. `depth(i)` is the part of K that the
-// register tile whose first row is i needs.
-template <class T, class Depth>
-inline void multiply(int64_t m, int64_t n, Depth&& depth, const typename TileOf<T>::Element* a, int64_t lda,
+// A part of K; its ends are multiples of kUnit.
+struct Span {
+  int64_t from, to;
+};
+
+// C[m x n] (+)= A . B for B whole; m and n are rounded up to the tile's units. `span(i, j, width)` is the part of K
+// that the register tile of columns [j, j + width) needs whose first row is i.
+template <class T, class F>
+inline void multiply(int64_t m, int64_t n, F&& span, const typename TileOf<T>::Element* a, int64_t lda,
                      const typename TileOf<T>::Element* b, int64_t ldb, Accumulator<T>* c, int64_t ldc,
                      bool accumulate) {
   const int64_t rows = round_up(m, Tile<T>::kRowUnit), columns = round_up(n, Tile<T>::kColumnUnit);
   for (int64_t j = 0; j < columns;) {
     const int64_t width = next_columns<T>(columns - j);
     for (int64_t i = 0; i < rows; i += Tile<T>::kRows) {
-      Tile<T>::run(static_cast<int>(min_of(rows - i, Tile<T>::kRows)), static_cast<int>(width), depth(i), a + i * lda,
-                   lda, b + j * TileOf<T>::kPair, ldb, c + i * ldc + j, ldc, accumulate);
+      const Span k = span(i, j, width);
+      Tile<T>::run(static_cast<int>(min_of(rows - i, Tile<T>::kRows)), static_cast<int>(width), k.to - k.from,
+                   a + i * lda + k.from, lda, b + k.from / TileOf<T>::kPair * ldb + j * TileOf<T>::kPair, ldb,
+                   c + i * ldc + j, ldc, accumulate);
     }
     j += width;
   }
@@ -230,6 +237,13 @@ template <class T, class E>
 inline vuint units_across(const T* p, int64_t stride, int64_t rows, int64_t count) {
   if (count <= 0 || rows <= 0) return vuint{};
   if constexpr (sizeof(E) == 2) {
+#if PYMM_ISA_LEVEL >= 3
+    if (rows > 1 && count >= kLanes) {
+      const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      const __m256i lower = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + stride));
+      return (vuint)interleave(_mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1));
+    }
+#endif
     const auto* halves = reinterpret_cast<const bf16*>(p);  // to the upper half of a float, bit for bit
     const vuint upper = bit_cast<vuint>(load_some(halves, count));
     const vuint lower = rows > 1 ? bit_cast<vuint>(load_some(halves + stride, count)) : vuint{};
@@ -246,7 +260,19 @@ inline void turn(Source&& source, int64_t count, F&& f) {
 #pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) lines[r] = source(r);
   transpose(lines);
-  for (int q = 0; q < min_of(count, kLanes); ++q) f(q, lines[q]);
+#pragma GCC unroll 16
+  for (int q = 0; q < kLanes; ++q) {
+    if (q < count) f(q, lines[q]);
+  }
+}
+
+// The first `bytes` of a line.
+inline void put_line(void* target, vuint line, size_t bytes) {
+  if (bytes == sizeof(line)) {
+    memcpy(target, &line, sizeof(line));
+  } else {
+    memcpy(target, &line, bytes);
+  }
 }
 
 // A: `padded` rows of `ld`.
@@ -255,7 +281,14 @@ inline void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t col
                       typename TileOf<T>::Element* target, int64_t ld) {
   for (int64_t i = 0; i < padded; ++i, target += ld) {
     const int64_t inside = i < rows ? columns : 0;
-    if (inside > 0) convert_run(source + i * stride, target, inside);
+    int64_t done = 0;
+    if constexpr (sizeof(T) == sizeof(*target)) {  // rows are short: no call for their whole lines
+      constexpr int64_t line = sizeof(vuint) / sizeof(T);
+      for (; done + line <= inside; done += line) {
+        memcpy(static_cast<void*>(target + done), source + i * stride + done, sizeof(vuint));
+      }
+    }
+    if (done < inside) convert_run(source + i * stride + done, target + done, inside - done);
     memset(static_cast<void*>(target + inside), 0, static_cast<size_t>(ld - inside) * sizeof(*target));
   }
 }
@@ -274,12 +307,17 @@ inline void pack_rows_turned(const typename TileOf<T>::Element* source, int64_t 
     for (int64_t i = 0; i < ld; i += kLanes * pair) {
       const size_t bytes = static_cast<size_t>(min_of(ld - i, kLanes * pair)) * sizeof(E);
       for (int64_t d = 0; d < padded; d += kLanes) {
+        if (i + kLanes * pair <= min_of(rows, ld) && d + kLanes <= columns) {
+          turn([&](int r) { return units_across<E, E>(source + (i + r * pair) * stride + d, stride, pair, kLanes); },
+               kLanes, [&](int q, vuint line) { memcpy(target + (d + q) * ld + i, &line, sizeof(line)); });
+          continue;
+        }
         turn(
             [&](int r) {
               const int64_t row = i + r * pair;
               return units_across<E, E>(source + row * stride + d, stride, rows - row, min_of(columns - d, kLanes));
             },
-            padded - d, [&](int q, vuint line) { memcpy(target + (d + q) * ld + i, &line, bytes); });
+            padded - d, [&](int q, vuint line) { put_line(target + (d + q) * ld + i, line, bytes); });
       }
     }
   }
@@ -292,7 +330,12 @@ inline void pack_units(const T* source, int64_t stride, int64_t rows, int64_t co
   using E = typename TileOf<T>::Element;
   if constexpr (sizeof(E) == 2) {
     for (int64_t i = 0; i < padded; i += 2, target += 2 * width) {
-      for (int64_t j = 0; j < width; j += kLanes) {
+      int64_t j = 0;
+      for (; i + 1 < rows && j + kLanes <= columns; j += kLanes) {
+        const vuint line = units_across<T, E>(source + i * stride + j, stride, 2, kLanes);
+        memcpy(target + 2 * j, &line, sizeof(line));
+      }
+      for (; j < width; j += kLanes) {
         const vuint line = units_across<T, E>(source + i * stride + j, stride, rows - i, min_of(columns - j, kLanes));
         memcpy(target + 2 * j, &line, sizeof(line));
       }
@@ -324,6 +367,12 @@ inline void pack_panels(const T* source, int64_t stride, int64_t rows, int64_t c
       const int64_t units = depth / pair;
       for (int64_t j = 0; j < min_of(width, rows - first); j += kLanes) {
         for (int64_t p = 0; p < units; p += kLanes) {
+          const T* block = source + (first + j) * stride + p * pair;
+          if (first + j + kLanes <= rows && (p + kLanes) * pair <= columns) {
+            turn([&](int r) { return units_along<T, E>(block + r * stride, pair * kLanes); }, kLanes,
+                 [&](int q, vuint line) { memcpy(target + ((p + q) * width + j) * pair, &line, sizeof(line)); });
+            continue;
+          }
           turn(
               [&](int r) {
                 const int64_t row = first + j + r;
