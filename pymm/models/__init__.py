@@ -24,6 +24,7 @@ from pymm.models import (
     lenet,
     mae,
     rcnn,
+    rcnn_c4,
     resnet,
     vit,
     vit_rows,
@@ -37,6 +38,7 @@ from pymm.models.image_tokenizer import ImageTokenizer, ImageTokenizerSpec
 from pymm.models.lenet import LeNetSpec
 from pymm.models.mae import MAE, MAESpec
 from pymm.models.rcnn import RCNN, Detections, RCNNSpec
+from pymm.models.rcnn_c4 import RCNNC4Spec
 from pymm.models.regions import GridFeatures, RegionExtractor, Regions
 from pymm.models.resnet import ResNet, ResNetSpec
 from pymm.models.text import TextTransformer
@@ -52,6 +54,7 @@ Spec = (
     | ImageTokenizerSpec
     | LeNetSpec
     | MAESpec
+    | RCNNC4Spec
     | RCNNSpec
     | ResNetSpec
     | ViTSpec
@@ -69,6 +72,7 @@ _TABLES: tuple[tuple[Spec, ...], ...] = (
     clip_rows.ROWS,
     bert.ROWS,
     rcnn.ROWS,
+    rcnn_c4.ROWS,
 )
 _ROWS: dict[str, Spec] = {row.name: row for table in _TABLES for row in table}
 _BUILD: dict[type, Any] = {
@@ -80,6 +84,7 @@ _BUILD: dict[type, Any] = {
     ImageTokenizerSpec: image_tokenizer.build,
     LeNetSpec: lenet.build,
     MAESpec: mae.build,
+    RCNNC4Spec: rcnn_c4.build,
     RCNNSpec: rcnn.build,
     ResNetSpec: resnet.build,
     ViTSpec: vit.build,
@@ -168,6 +173,7 @@ __all__ = [
     "ImageTokenizerSpec",
     "LeNetSpec",
     "MAESpec",
+    "RCNNC4Spec",
     "RCNNSpec",
     "RegionExtractor",
     "Regions",

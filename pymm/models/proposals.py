@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pymm.models.boxes import at_least, clip_boxes, decode_boxes, widened
 from pymm.ops import batched_nms
+from pymm.ops._checks import fail
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 SMALLEST = 1e-3  # side of a proposal, in pixels
@@ -39,7 +40,8 @@ class ProposalNetwork(nn.Module):
 
     Args:
         width: channels of the maps.
-        sizes: for each map, the side of its anchors, which have that area and the ratios 1/2, 1 and 2.
+        sizes: for each map the sides of its anchors, which have that area and the ratios 1/2, 1 and 2;
+            as many for every map.
         best: boxes of each map before suppression, in training and otherwise.
         kept: boxes of a picture after suppression, in training and otherwise.
         overlap: the IoU above which the lower of two scores is suppressed, within a map.
@@ -48,28 +50,32 @@ class ProposalNetwork(nn.Module):
     def __init__(
         self,
         width: int,
-        sizes: tuple[float, ...],
+        sizes: tuple[tuple[float, ...], ...],
         *,
         best: tuple[int, int] = (2000, 1000),
         kept: tuple[int, int] = (2000, 1000),
         overlap: float = 0.7,
     ) -> None:
         super().__init__()
+        if len({len(sides) for sides in sizes}) != 1:
+            fail("ProposalNetwork", "sizes", "as many anchors for every map", sizes)
+        self.anchors_of_place = len(RATIOS) * len(sizes[0])
         self.sizes, self.best, self.kept, self.overlap = sizes, best, kept, overlap
         self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.objectness = nn.Conv2d(width, len(RATIOS), 1)
-        self.offsets = nn.Conv2d(width, 4 * len(RATIOS), 1)
+        self.objectness = nn.Conv2d(width, self.anchors_of_place, 1)
+        self.offsets = nn.Conv2d(width, 4 * self.anchors_of_place, 1)
         for conv in (self.conv, self.objectness, self.offsets):
             nn.init.normal_(conv.weight, std=0.01)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def anchors(self, maps: list[Tensor], batch_size: tuple[int, int]) -> list[Tensor]:
-        """For each map `(H·W·3, 4)`: place by place, at each the three ratios."""
+        """For each map `(H·W·A, 4)`: place by place, at each the three ratios, of each the sides."""
         found = []
-        for size, x in zip(self.sizes, maps, strict=True):
-            root = torch.tensor(RATIOS, device=x.device).sqrt()
-            half = (torch.stack([size / root, size * root], 1) / 2).repeat(1, 2)
+        for sides, x in zip(self.sizes, maps, strict=True):
+            root = torch.tensor(RATIOS, device=x.device).sqrt()[:, None]
+            size = torch.tensor(sides, device=x.device, dtype=root.dtype)
+            half = (torch.stack([size * (1 / root), size * root], -1).flatten(0, 1) / 2).repeat(1, 2)
             half = (half * torch.tensor([-1.0, -1, 1, 1], device=x.device)).round()
             height, width = x.shape[-2:]
             y = torch.arange(height, device=x.device) * (batch_size[0] // height)
@@ -93,7 +99,7 @@ class ProposalNetwork(nn.Module):
         for x in maps:
             y = F.relu(self.conv(x))
             objectness.append(self.objectness(y).permute(0, 2, 3, 1).flatten(1))
-            moved = self.offsets(y).unflatten(1, (len(RATIOS), 4))
+            moved = self.offsets(y).unflatten(1, (self.anchors_of_place, 4))
             offsets.append(moved.permute(0, 3, 4, 1, 2).flatten(1, 3))
         anchors = self.anchors(maps, batch_size)
         boxes, scores = self._chosen(anchors, objectness, offsets, sizes)

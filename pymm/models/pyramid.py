@@ -83,3 +83,11 @@ class FeaturePyramid(nn.Module):
             sums.append(y + F.interpolate(sums[-1], size=y.shape[-2:], mode="nearest") if sums else y)
         maps = [output(x) for output, x in zip(self.output, reversed(sums), strict=True)]
         return [*maps, maps[-1][:, :, ::2, ::2]]
+
+
+class LastMap(nn.Module):
+    """The map of the last of several stages alone, where there is no pyramid."""
+
+    def forward(self, stages: list[Tensor]) -> list[Tensor]:
+        """Maps `(B, Ci, Hi, Wi)`, finest first -> the last one."""
+        return [stages[-1]]

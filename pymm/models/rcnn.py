@@ -1,30 +1,30 @@
-"""Fast and Faster R-CNN on a residual network with a feature pyramid."""
+"""Fast and Faster R-CNN, and the rows of those on a residual network with a feature pyramid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pymm.layers import Linear
 from pymm.models import resnet
 from pymm.models.boxes import Weights, at_least, clip_boxes, decode_boxes, scale_boxes, widened
 from pymm.models.proposals import ProposalNetwork, Proposals
-from pymm.models.pyramid import FeaturePyramid, freeze_batch_norms
+from pymm.models.pyramid import FeaturePyramid, LastMap, freeze_batch_norms
+from pymm.models.region_heads import BoxHead, StageHead
+from pymm.models.region_pool import RegionPool
 from pymm.models.resnet import ResNet, ResNetSpec
-from pymm.ops import batched_nms, roi_align
+from pymm.ops import batched_nms, roi_align, roi_pool
 from pymm.ops._checks import fail, shape
 
 OFFSET_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)  # Girshick's, of the second stage
 SMALLEST = 1e-2  # side of a detection, in pixels
 STRIDE = 32  # of the coarsest stage: pictures are padded to a multiple
 BINS, SAMPLES = 7, 2
-# A box of 224 pixels is pooled from the fourth level, of stride 16 (Lin et al. 2017, eq. 1).
-CANONICAL_SIDE, CANONICAL_LEVEL, FINEST_LEVEL = 224, 4, 2
+STRIDES = (4, 8, 16, 32)
 
 
 class Detections(NamedTuple):
@@ -49,39 +49,15 @@ class Pictures:
         return [scale_boxes(b, original, size) for b, original, size in sizes]
 
 
-class BoxHead(nn.Module):
-    """Pooled regions to a vector, and that to classes and moved boxes (Girshick 2015, arXiv:1504.08083).
-
-    Args:
-        inputs: numbers in a pooled region.
-        width: of the vector.
-        num_classes: the background, which is class 0, included.
-    """
-
-    def __init__(self, inputs: int, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(inputs, width, activation="relu")
-        self.fc2 = Linear(width, width, activation="relu")
-        self.classes = Linear(width, num_classes)
-        self.offsets = Linear(width, 4 * num_classes)
-
-    def vectors(self, pooled: Tensor) -> Tensor:
-        """`(K, C, 7, 7)` -> `(K, width)`."""
-        return self.fc2(self.fc1(pooled.flatten(1)))
-
-    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """`(K, width)` -> logits `(K, num_classes)` and offsets `(K, num_classes, 4)`."""
-        return self.classes(vectors), self.offsets(vectors).unflatten(1, (-1, 4))
-
-
 class RCNN(nn.Module):
     """Faster R-CNN (Ren et al. 2015, arXiv:1506.01497), or, without a proposal network, Fast R-CNN.
 
     Args:
         backbone: a residual network without head.
-        pyramid: of the maps of its stages.
+        pyramid: the maps of its stages to those that are looked at: a pyramid, or the last one.
         proposals: proposes regions; `None` for Fast R-CNN, which is given them.
-        head: regions to classes and boxes.
+        regions: pools regions from the maps.
+        head: pooled regions to vectors, and these to classes and boxes.
         image_size: the short side that pictures are resized to, unless the long one exceeds `max_size`.
         max_size: the long side at most.
         score: the lowest score of a detection.
@@ -92,9 +68,10 @@ class RCNN(nn.Module):
     def __init__(
         self,
         backbone: ResNet,
-        pyramid: FeaturePyramid,
+        pyramid: FeaturePyramid | LastMap,
         proposals: ProposalNetwork | None,
-        head: BoxHead,
+        regions: RegionPool,
+        head: BoxHead | StageHead,
         *,
         image_size: int,
         max_size: int,
@@ -103,7 +80,8 @@ class RCNN(nn.Module):
         most: int = 100,
     ) -> None:
         super().__init__()
-        self.backbone, self.pyramid, self.proposals, self.head = backbone, pyramid, proposals, head
+        self.backbone, self.pyramid, self.proposals = backbone, pyramid, proposals
+        self.regions, self.head = regions, head
         self.image_size, self.max_size = image_size, max_size
         self.score, self.overlap, self.most = score, overlap, most
 
@@ -118,7 +96,7 @@ class RCNN(nn.Module):
     @property
     def num_classes(self) -> int:
         """Classes, the background included."""
-        return self.head.classes.out_features
+        return int(self.head.classes.out_features)
 
     def stage_names(self) -> list[tuple[str, ...]]:
         """Modules by stage, from the pixels to the head; see `pymm.models.stages`."""
@@ -154,10 +132,18 @@ class RCNN(nn.Module):
         return Pictures(torch.stack(padded), sizes, originals)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` -> the pyramid's five maps, of strides 4 to 64."""
+        """`(B, 3, H, W)` -> what regions are proposed and pooled from.
+
+        The pyramid's maps, of strides 4 to 64, or the third stage's, of stride 16.
+        """
+        maps: list[Tensor] = self.pyramid(self.stage_maps(pixels))
+        return maps
+
+    def stage_maps(self, pixels: Tensor) -> list[Tensor]:
+        """`(B, 3, H, W)` -> the maps of the backbone's stages, of strides 4 to 16 or 32."""
         found: dict[str, Tensor] = {}
         self.backbone.forward_features(pixels, intermediates=found)
-        return self.pyramid([found[f"stages.{i}"] for i in range(4)])
+        return [found[f"stages.{i}"] for i in range(len(self.backbone.stages))]
 
     def propose(self, maps: list[Tensor], pictures: Pictures) -> Proposals:
         """What the proposal network says of the maps.
@@ -172,21 +158,9 @@ class RCNN(nn.Module):
         return proposals
 
     def pool(self, maps: list[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Boxes in pixels of the batch, for each picture `(L, 4)` -> `(K, C, 7, 7)`, picture by picture."""
-        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        rows = torch.cat([image, torch.cat(list(boxes))], 1)
-        side = (rows[:, 3:] - rows[:, 1:3]).prod(1).sqrt()
-        level = (CANONICAL_LEVEL + (side / CANONICAL_SIDE).log2() + 1e-6).floor()
-        level = level.clamp(FINEST_LEVEL, FINEST_LEVEL + 3).long() - FINEST_LEVEL
-        parts, places = [], []
-        for i, x in enumerate(maps[:4]):
-            at = (level == i).nonzero()[:, 0]
-            places.append(at)
-            of_type = (
-                rows[at] if rows.dtype == torch.float32 and x.dtype.itemsize == 2 else rows[at].to(x.dtype)
-            )
-            parts.append(roi_align(x, of_type, BINS, 2.0 ** -(FINEST_LEVEL + i), SAMPLES))
-        return torch.cat(parts)[torch.cat(places).argsort()]
+        """Boxes in pixels of the batch, for each picture `(L, 4)` -> `(K, C, h, w)`, picture by picture."""
+        pooled: Tensor = self.regions(maps, boxes)
+        return pooled
 
     def classify(self, maps: list[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes as in `pool` -> logits `(K, num_classes)` and offsets `(K, num_classes, 4)` from them."""
@@ -244,7 +218,8 @@ class RCNNSpec:
 
     `num_classes` counts the background, `image_size` and `max_size` are the sides that pictures are resized
     to, `vector` is the width of a region's vector, and `anchors` are sides of anchors, one for each map.
-    `norm_eps` belongs to the frozen batch norms; None leaves batch norms to be trained.
+    `norm_eps` belongs to the frozen batch norms; None leaves batch norms to be trained. `pooling` takes of
+    regions the mean of bilinear samples or, as Girshick 2015 (arXiv:1504.08083), the largest value.
     """
 
     name: str
@@ -260,6 +235,7 @@ class RCNNSpec:
     vector: int = 1024
     anchors: tuple[float, ...] | None = (32, 64, 128, 256, 512)
     norm_eps: float | None = 1e-5
+    pooling: Literal["align", "max"] = "align"
     aliases: tuple[str, ...] = ()
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -288,27 +264,58 @@ ROWS = (
 )
 
 
-def build(spec: RCNNSpec) -> RCNN:
-    """The detector of a row; the residual network is that of `pymm.models.resnet`."""
-    row = ResNetSpec(
-        spec.name,
-        spec.depths,
-        spec.bottleneck,
+def _aligned(x: Tensor, rows: Tensor, bins: int, scale: float) -> Tensor:
+    return roi_align(x, rows, bins, scale, SAMPLES)
+
+
+class Residual(Protocol):
+    """What the rows of detectors say of their residual network."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def depths(self) -> tuple[int, int, int, int]: ...
+    @property
+    def bottleneck(self) -> bool: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def norm_eps(self) -> float | None: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+def residual_network(row: Residual) -> ResNet:
+    """The network of a row without head, as `pymm.models.resnet` builds it, with the row's batch norms."""
+    sizes = ResNetSpec(
+        row.name,
+        row.depths,
+        row.bottleneck,
         0,
-        width=spec.width,
+        width=row.width,
         num_classes=0,
-        mean=spec.mean,
-        std=spec.std,
+        mean=row.mean,
+        std=row.std,
     )
-    backbone = resnet.build(row)
-    if spec.norm_eps is not None:
-        freeze_batch_norms(backbone, spec.norm_eps)
+    network = resnet.build(sizes)
+    if row.norm_eps is not None:
+        freeze_batch_norms(network, row.norm_eps)
+    return network
+
+
+def build(spec: RCNNSpec) -> RCNN:
+    """The detector of a row."""
+    backbone = residual_network(spec)
     expansion = 4 if spec.bottleneck else 1
     channels = tuple(spec.width * 2**i * expansion for i in range(4))
+    anchors = None if spec.anchors is None else tuple((side,) for side in spec.anchors)
     return RCNN(
         backbone,
         FeaturePyramid(channels, spec.pyramid),
-        None if spec.anchors is None else ProposalNetwork(spec.pyramid, spec.anchors),
+        None if anchors is None else ProposalNetwork(spec.pyramid, anchors),
+        RegionPool(roi_pool if spec.pooling == "max" else _aligned, BINS, STRIDES),
         BoxHead(spec.pyramid * BINS * BINS, spec.vector, spec.num_classes),
         image_size=spec.image_size,
         max_size=spec.max_size,

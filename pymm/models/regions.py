@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from pymm.models.boxes import box_encoding, scale_boxes, widened
 from pymm.models.rcnn import RCNN
+from pymm.models.region_pool import RegionPool
 from pymm.models.resnet import ResNet
 from pymm.ops import batched_nms, roi_align
 from pymm.ops._checks import fail, shape
 
-STAGE_BINS, STAGE_SCALE = 14, 1 / 16  # Anderson et al.: fourteen by fourteen places of the third stage's map
+STAGE_BINS, STAGE_STRIDE = 14, 16  # Anderson et al.: fourteen by fourteen places of the third stage's map
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class RegionExtractor(nn.Module):
 
     Args:
         detector: Faster R-CNN.
-        vectors: `"head"`, the vector that the detector classifies by, 1024 numbers in torchvision's; or
-            `"stage"`, the mean over the region of what the last stage of the residual network makes of the
-            one before, 2048 numbers in ResNet-50, as the published features are made.
+        vectors: `"head"`, the vector that the detector classifies by: 1024 numbers in torchvision's, and in a
+            detector on the third stage's map (`"fasterrcnn_resnet101_c4"`) 2048, the mean over the region
+            of what the last stage makes of it, as the published features are made. Or `"stage"`, such a mean
+            from a detector that has a pyramid, by a last stage that has seen whole pictures only.
         least, most: regions of a picture; equal for a fixed number, such as 36. There are fewer than
             `least` where the detector proposes fewer.
         confidence: of a region's best class, in [0, 1].
@@ -76,18 +78,23 @@ class RegionExtractor(nn.Module):
         super().__init__()
         if vectors not in ("head", "stage"):
             fail("RegionExtractor", "vectors", "'head' or 'stage'", repr(vectors))
+        if vectors == "stage" and len(detector.backbone.stages) < 4:
+            fail(
+                "RegionExtractor", "vectors", "'head' for a detector whose head is the last stage", "'stage'"
+            )
         if not 1 <= least <= most:
             fail("RegionExtractor", "least and most", "1 <= least <= most", f"{least} and {most}")
         if not 0 <= confidence <= 1:
             fail("RegionExtractor", "confidence", "in [0, 1]", confidence)
         self.detector, self.vectors = detector, vectors
+        self.stage_pool = RegionPool(roi_align, STAGE_BINS, (STAGE_STRIDE,))
         self.least, self.most, self.confidence, self.overlap = least, most, confidence, overlap
 
     @property
     def num_features(self) -> int:
         """C, the width of a vector."""
         if self.vectors == "head":
-            return self.detector.head.fc2.out_features
+            return self.detector.head.num_features
         return self.detector.backbone.num_features
 
     def forward(
@@ -102,9 +109,8 @@ class RegionExtractor(nn.Module):
         """
         model = self.detector
         pictures = model.prepare(images)
-        stages: dict[str, Tensor] = {}
-        model.backbone.forward_features(pictures.pixels, intermediates=stages)
-        maps = model.pyramid([stages[f"stages.{i}"] for i in range(4)])
+        stages = model.stage_maps(pictures.pixels)
+        maps: list[Tensor] = model.pyramid(stages)
         boxes = model.propose(maps, pictures).boxes if proposals is None else pictures.boxes(proposals)
         heads = model.head.vectors(model.pool(maps, boxes))
         logits, _ = model.head(heads)
@@ -118,7 +124,7 @@ class RegionExtractor(nn.Module):
             parts = zip(heads.split(counts), chosen, strict=True)
             vectors = [part[rows] for part, (rows, _, _) in parts]
         else:
-            vectors = list(self._of_stage(stages["stages.2"], kept).split([len(b) for b in kept]))
+            vectors = list(self._of_stage(stages[2], kept).split([len(b) for b in kept]))
         found = []
         for i, (_, scores, labels) in enumerate(chosen):
             original = pictures.originals[i]
@@ -147,9 +153,7 @@ class RegionExtractor(nn.Module):
         return rows, best[rows], kind[rows] + 1
 
     def _of_stage(self, x: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        rows = torch.cat([image, torch.cat(list(boxes))], 1).to(torch.promote_types(x.dtype, torch.float32))
-        pooled = roi_align(x, rows, STAGE_BINS, STAGE_SCALE)
+        pooled = self.stage_pool([x], boxes)
         stage: nn.Module = self.detector.backbone.stages[3]
         return stage(pooled).mean((2, 3))
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pymm.models import RCNN, GridFeatures, RegionExtractor, describe, rcnn, resnet
+from pymm.models import RCNN, GridFeatures, RegionExtractor, describe, rcnn, rcnn_c4, resnet
 from pymm.models.boxes import box_iou
 from pymm.models.resnet import ResNetSpec
+from pymm.models.stages import parameter_stages
 
 
 @pytest.fixture
@@ -20,6 +21,13 @@ def detector() -> RCNN:
     row = describe("fasterrcnn_tiny")
     assert isinstance(row, rcnn.RCNNSpec)
     return rcnn.build(replace(row, width=8, pyramid=16, vector=24, num_classes=4)).eval()
+
+
+@pytest.fixture
+def c4() -> RCNN:
+    row = describe("fasterrcnn_tiny_c4")
+    assert isinstance(row, rcnn_c4.RCNNC4Spec)
+    return rcnn_c4.build(replace(row, width=8, num_classes=4)).eval()
 
 
 def pictures() -> list[Tensor]:
@@ -42,6 +50,21 @@ def test_regions(detector: RCNN, vectors: Any) -> None:
         assert corners.min() >= 0
         assert corners.max() <= 1 + 1e-6
         assert r.encoded(7).shape == (5, 7)
+
+
+@torch.no_grad()
+def test_a_detector_whose_head_is_the_last_stage(c4: RCNN) -> None:
+    extractor = RegionExtractor(c4, least=5, most=5)
+    assert extractor.num_features == 64
+    found = extractor(pictures())
+    assert [r.vectors.shape for r in found] == [(5, 64), (5, 64)]
+    with pytest.raises(
+        ValueError, match="vectors must be 'head' for a detector whose head is the last stage"
+    ):
+        RegionExtractor(c4, vectors="stage")
+    stages = parameter_stages(c4)
+    assert len(stages) == 5
+    assert any(name.startswith("head.stage.") for name in stages[-1])
 
 
 @torch.no_grad()
