@@ -11,7 +11,7 @@ from torch import Tensor
 from pymm.data import EvalTransform, PictureLoader, Pictures, read_pictures
 from pymm.evaluation import classification_scores, knn_scores, logistic_scores
 from pymm.ops import cosine_topk
-from pymm.training.classify import pictures_of, tested_pictures
+from pymm.training.classify_data import pictures_of, tested_pictures
 from pymm.training.classify_settings import ClassifySettings
 from pymm.training.parts import unseen_of
 from pymm.training.rundir import SETTINGS

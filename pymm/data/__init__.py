@@ -2,6 +2,7 @@
 
 from pymm.data.classification import LabelledBatch, PictureLoader
 from pymm.data.classification_sources import Pictures, read_pictures
+from pymm.data.classification_stream import PictureStream
 from pymm.data.detection import BoxedBatch, DetectionLoader
 from pymm.data.detection_sources import BoxedPictures, read_boxed_pictures
 from pymm.data.emoji import emoji_concepts, emoji_shards, unseen_concepts
@@ -29,6 +30,7 @@ __all__ = [
     "LabelledBatch",
     "Limits",
     "PictureLoader",
+    "PictureStream",
     "Pictures",
     "Report",
     "Scene",

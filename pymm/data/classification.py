@@ -133,7 +133,7 @@ class PictureLoader:
                 continue
             ids = torch.tensor([labels[rows[i]] for i in decoded.kept], dtype=torch.int64)
             report.read += len(ids)
-            yield LabelledBatch(self._channelled(decoded.pixels), ids)
+            yield LabelledBatch(channelled(decoded.pixels, self.channels), ids)
         if report.read == 0 and skip == 0:
             fail(WHERE, "pictures", "at least one batch that decodes", str(report))
 
@@ -149,12 +149,6 @@ class PictureLoader:
                 return
             yield rows
 
-    def _channelled(self, pixels: Tensor) -> Tensor:
-        if self.channels == 3:
-            return pixels
-        grey = (pixels.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
-        return grey.round().to(torch.uint8) if pixels.dtype == torch.uint8 else grey
-
     def _load(self) -> DecodedCache[int]:
         if self._cache is None:
             report = Report()
@@ -165,3 +159,11 @@ class PictureLoader:
                 samples, self.transform, self.limits, report, decode_picture, WHERE
             )
         return self._cache
+
+
+def channelled(pixels: Tensor, channels: int) -> Tensor:
+    """`(B, 3, H, W)` as it is, or its luminance for one channel."""
+    if channels == 3:
+        return pixels
+    grey = (pixels.float() * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    return grey.round().to(torch.uint8) if pixels.dtype == torch.uint8 else grey

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -261,25 +261,51 @@ def _folder(folder: Path) -> tuple[Pictures, str | None]:
 
 def _shards(shards: list[str], label: str | None, limits: Limits) -> Pictures:
     report = Report()
-    found: list[tuple[str, Picture, str]] = []
+    found = list(labelled_samples(shards, label, limits, report))
+    classes = ordered_classes(one.kind for one in found)
+    place = {kind: i for i, kind in enumerate(classes)}
+    return Pictures(
+        classes,
+        [place[one.kind] for one in found],
+        [one.image for one in found],
+        [one.key for one in found],
+        report,
+    )
+
+
+class LabelledSample(NamedTuple):
+    """A picture of a shard, encoded, with its class; `where` names it."""
+
+    key: str
+    kind: str
+    image: bytes
+    where: str
+
+
+def labelled_samples(
+    shards: Sequence[str],
+    label: str | None,
+    limits: Limits,
+    report: Report,
+    keep: Callable[[str], bool] = lambda key: True,
+) -> Iterator[LabelledSample]:
+    """The pictures of shards whose keys are kept, one after another; `label` as for `read_pictures`."""
     for sample in read_samples(shards, report, limits.max_member_bytes):
         key = sample["__key__"]
+        if not keep(key):
+            continue
+        where = f"{sample['__url__']}: {key}"
         image = next((sample[s] for s in sample if s.rsplit(".", 1)[-1] in IMAGE_SUFFIXES), None)
         kind = _class_of(sample, label)
         if image is None or kind is None:
-            report.skip("no image" if image is None else "no class", f"{sample['__url__']}: {key}")
+            report.skip("no image" if image is None else "no class", where)
         else:
-            found.append((kind, image, key))
-    # Numbers in the order of numbers.
-    ordered = sorted({kind for kind, _, _ in found}, key=lambda k: (len(k), k) if k.isdigit() else (0, k))
-    place = {kind: i for i, kind in enumerate(ordered)}
-    return Pictures(
-        tuple(ordered),
-        [place[kind] for kind, _, _ in found],
-        [image for _, image, _ in found],
-        [key for _, _, key in found],
-        report,
-    )
+            yield LabelledSample(key, kind, image, where)
+
+
+def ordered_classes(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Each class once, numbers in the order of numbers."""
+    return tuple(sorted(set(kinds), key=lambda k: (len(k), k) if k.isdigit() else (0, k)))
 
 
 def _class_of(sample: Mapping[str, Any], label: str | None) -> str | None:

@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from webdataset import shuffle as buffer_shuffle
 
 from pymm.data._errors import fail
 from pymm.data.captions import Captions, Texts
@@ -19,6 +18,7 @@ from pymm.data.decoding import Decoded, DecodedCache, StreamDecoder, decoded_in_
 from pymm.data.report import Report, logger
 from pymm.data.samples import Candidate, Limits, SampleReader, Select, stable_hash
 from pymm.data.shards import list_shards
+from pymm.data.stream import ShardStream, nothing
 from pymm.data.tokenizer import Tokenizer
 from pymm.data.transforms import Transform
 
@@ -148,11 +148,6 @@ class ImageTextLoader:
             cache = (
                 "decoded" if isinstance(source, str) and source.startswith(("emoji:", "scenes:")) else "none"
             )
-        if cache == "none" and world_size > 1:
-            if batches_per_epoch is None:
-                fail(WHERE, "batches_per_epoch", "given for a stream in a distributed run", None)
-            if len(self.shards) < world_size:
-                fail(WHERE, "source", f"at least {world_size} shards, one per rank", len(self.shards))
         self.transform, self.tokenizer, self.batch_size, self.seed = transform, tokenizer, batch_size, seed
         self.shuffle, self.shuffle_buffer, self.drop_last = shuffle, shuffle_buffer, drop_last
         self.context_length = tokenizer.context_length if context_length is None else context_length
@@ -164,6 +159,22 @@ class ImageTextLoader:
         self.report = Report()
         self._texts: dict[str, list[int]] = {}
         self._cached = cache == "decoded"
+        self._stream: ShardStream[Candidate] | None = None
+        if not self._cached:
+            self._stream = ShardStream(
+                WHERE,
+                source,
+                self.shards,
+                self.reader,
+                batch_size,
+                seed,
+                shuffle,
+                shuffle_buffer,
+                drop_last,
+                batches_per_epoch,
+                rank,
+                world_size,
+            )
         self._cache: DecodedCache[_Row] | None = None
         self._told: set[str] = set()
 
@@ -239,47 +250,13 @@ class ImageTextLoader:
         return n // world if self.drop_last else len(range(self.rank, n, world))
 
     def _stream_plans(self, epoch: int, skip: int, report: Report) -> Iterator[_Plan]:
-        step, turn, seen = 0, 0, 0
-        rows: list[Candidate] = []
-        while True:
-            before = seen
-            for candidate in self._candidates(epoch, turn, report):
-                seen += 1
-                rows.append(candidate)
-                if len(rows) == self.batch_size:
-                    if step >= skip:
-                        yield _stream_plan(step, rows)
-                    rows, step = [], step + 1
-                    if step == self.limit:
-                        return
-            if self.limit is None or seen == before:
-                break
-            turn += 1
-        if rows and not self.drop_last:
+        assert self._stream is not None
+        for step, rows in enumerate(self._stream.batches(epoch, report)):
             if step >= skip:
                 yield _stream_plan(step, rows)
-            step += 1
-        if step == 0:
-            self._nothing(report, seen)
 
-    def _candidates(self, epoch: int, turn: int, report: Report) -> Iterator[Candidate]:
-        shards = list(self.shards)
-        if self.shuffle:
-            random.Random(stable_hash(self.seed, "shards", epoch, turn)).shuffle(shards)
-        candidates = self.reader(shards[self.rank :: self.world_size], report)
-        if self.shuffle:
-            rng = random.Random(stable_hash(self.seed, "buffer", epoch, turn, self.rank))
-            size = self.shuffle_buffer
-            return iter(buffer_shuffle(size, initial=size, rng=rng)(candidates))
-        return candidates
-
-    def _nothing(self, report: Report, usable: int) -> None:
-        fail(
-            WHERE,
-            "source",
-            f"one with at least {self.batch_size if self.drop_last else 1} usable samples per rank",
-            f"{usable} from {self.source!r} ({report})",
-        )
+    def _nothing(self, report: Report, usable: int) -> NoReturn:
+        nothing(WHERE, self.source, self.batch_size if self.drop_last else 1, usable, report)
 
     # From plans to batches
 

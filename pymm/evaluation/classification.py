@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pymm.data import LabelledBatch, PictureLoader
+from pymm.data import LabelledBatch, PictureLoader, PictureStream
 from pymm.evaluation.encoding import check_finite, evaluating
 from pymm.ops import cosine_topk
 
-Batches = PictureLoader | Iterable[LabelledBatch]
+Batches = PictureLoader | PictureStream | Iterable[LabelledBatch]
 
 
 def evaluate_classifier(model: nn.Module, batches: Batches, classes: Sequence[str]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _outputs(where: str, model: nn.Module, batches: Batches, forward: Any) -> tu
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     outputs, labels = [], []
     with evaluating(model):
-        for batch in batches.epoch(0) if isinstance(batches, PictureLoader) else batches:
+        for batch in batches.epoch(0) if isinstance(batches, PictureLoader | PictureStream) else batches:
             outputs.append(forward(batch.pixels.to(device)).float().cpu())
             labels.append(batch.ids.cpu())
     if not outputs:

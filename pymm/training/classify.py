@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pymm.data import EvalTransform, LabelledBatch, PictureLoader, Pictures, TrainTransform, read_pictures
-from pymm.data.classification_sources import Part, join_pictures
+from pymm.data import LabelledBatch
 from pymm.evaluation.classification import (
     confusion_matrix,
     confusion_picture,
@@ -24,7 +23,8 @@ from pymm.models.tokened import TokenNetwork
 from pymm.training import distributed
 from pymm.training.accumulate import Forward, mean_loss
 from pymm.training.checkpoint import list_checkpoints
-from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings, PictureSettings
+from pymm.training.classify_data import Batches, classify_data, tested_of
+from pymm.training.classify_settings import ClassifySettings, CrossEntropySettings
 from pymm.training.errors import SettingsError
 from pymm.training.loop import RunResult, Trainer
 from pymm.training.rundir import checkpoints_of
@@ -54,25 +54,24 @@ def train_classify(
         TrainingError: as `Trainer.fit`.
     """
     with begin_run(settings) as world:
-        pictures = pictures_of(settings.data, "train")
-        tested = tested_pictures(settings, pictures.classes)
-        model = _model(settings, len(pictures.classes), world)
+        data = classify_data(settings)
+        model = _model(settings, len(data.classes), world)
         if world.is_main:
-            write_classes(Path(settings.run.out), pictures.classes)
+            write_classes(Path(settings.run.out), data.classes)
 
         def score(scored: nn.Module, step: int) -> dict[str, Any]:
-            return evaluate_classifier(scored, tested_batches(scored, tested, settings), tested.classes)
+            return evaluate_classifier(scored, data.tested(scored), data.classes)
 
         trainer = Trainer(
             model,
             mean_loss,
             settings,
-            forward=cross_entropy(settings.objective, len(pictures.classes)),
+            forward=cross_entropy(settings.objective, len(data.classes)),
             evaluate=score,
             rates=learning_rates(model, settings.optimizer.layer_decay, settings.optimizer.head_rate),
             on_step=on_step,
         )
-        loader = _train_loader(settings, model, pictures, world)
+        loader = data.trained(model, world)
         result = trainer.fit(loader)
         if loader.report.skipped:
             print(f"data of the last epoch, process {world.rank}: {loader.report}", flush=True)
@@ -100,54 +99,6 @@ def _model(settings: ClassifySettings, classes: int, world: distributed.World) -
             )
         model.set_drop_path(asked.drop_path)
     return model
-
-
-def pictures_of(data: PictureSettings, part: Part) -> Pictures:
-    """A part of the pictures that settings name."""
-    return read_pictures(
-        data.source, part, label=data.label, test_share=data.test_share, split_seed=data.split_seed
-    )
-
-
-def tested_pictures(settings: ClassifySettings, classes: Sequence[str]) -> Pictures:
-    """What a run is tested on, labelled with its classes."""
-    sources, label = settings.evaluation.source, settings.data.label
-    if not sources:
-        return pictures_of(settings.data, "test").labelled_as(classes)
-    read = [read_pictures(source, "all", label=label).labelled_as(classes) for source in sources]
-    return join_pictures(read)
-
-
-def _train_loader(
-    settings: ClassifySettings, model: Any, pictures: Pictures, world: distributed.World
-) -> PictureLoader:
-    data = settings.data
-    share = world.rows(data.batch_size)
-    return PictureLoader(
-        pictures,
-        transform=TrainTransform(size=model.image_size, output="uint8", **asdict(data.augment)),
-        batch_size=share.stop - share.start,
-        channels=len(model.mean),
-        seed=settings.run.seed,
-        workers=data.workers,
-        rank=world.rank,
-        world_size=world.size,
-        batches_per_epoch=data.batches_per_epoch,
-    )
-
-
-def tested_batches(model: Any, pictures: Pictures, settings: ClassifySettings) -> PictureLoader:
-    """Every picture once, in order, as the model takes it."""
-    return PictureLoader(
-        pictures,
-        transform=EvalTransform(
-            size=model.image_size, output="uint8", background=settings.data.augment.background
-        ),
-        batch_size=settings.evaluation.batch_size,
-        channels=len(model.mean),
-        shuffle=False,
-        drop_last=False,
-    )
 
 
 def cross_entropy(settings: CrossEntropySettings, classes: int) -> Forward:
@@ -229,6 +180,5 @@ class ClassifyRun(Run):
         title = f"{self.settings.model.backbone} on {len(labels)} pictures"
         confusion_picture(path, confusion_matrix(logits, labels), self.classes, title)
 
-    def _batches(self) -> PictureLoader:
-        tested = tested_pictures(self.settings, self.classes)
-        return tested_batches(self.model, tested, self.settings)
+    def _batches(self) -> Batches:
+        return tested_of(self.settings, self.classes)(self.model)

@@ -56,6 +56,11 @@ class PictureSettings(BatchSettings):
     """Share that is tested where the source has no test part of its own, in (0, 1)."""
     split_seed: int = 0
     """Another seed, another share."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """Whether `pymm train classify` reads shards anew in every epoch instead of holding their pictures, after
+    one pass for the names of the classes. "auto": those of 256 MiB and more, and of another machine."""
+    shuffle_buffer: int = 2000
+    """Pictures of a stream that are held, still encoded, to draw from."""
     batch_size: int = 128
     """Pictures per optimizer step, over all processes."""
     augment: AugmentSettings = field(default_factory=AugmentSettings)
@@ -64,6 +69,7 @@ class PictureSettings(BatchSettings):
         super().__post_init__()
         require(bool(self.source), "data.source", "given", self.source)
         require(0 < self.test_share < 1, "data.test_share", "in (0, 1)", self.test_share)
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", "at least 1", self.shuffle_buffer)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pymm.training.classify_settings import ClassEvaluationSettings, PictureSett
 from pymm.training.errors import SettingsError
 from pymm.training.loop import RunResult, Trainer
 from pymm.training.runs import begin_run
-from pymm.training.task_settings import RunSettings
+from pymm.training.task_settings import RunSettings, require
 
 Model = TypeVar("Model", bound=nn.Module)
 OnStep = Callable[[dict[str, Any]], None] | None
@@ -66,6 +66,8 @@ def pretrain(
     """
     with begin_run(settings) as world:
         data = settings.data
+        expected = f'"auto" or "no" for {settings.task}, which holds its pictures'
+        require(data.stream != "yes", "data.stream", expected, data.stream)
         share = world.rows(data.batch_size)
         loader = PictureLoader(
             _part(data, "train"),

@@ -51,7 +51,7 @@ def run(settings: ProbeSettings) -> int:
         logistic_scores,
         ridge_scores,
     )
-    from pymm.training.classify import pictures_of, tested_batches, tested_pictures
+    from pymm.training.classify_data import pictures_of, tested_batches, tested_pictures
     from pymm.training.environment import reproducible
     from pymm.training.files import write_atomically
     from pymm.training.task_settings import require
@@ -59,6 +59,9 @@ def run(settings: ProbeSettings) -> int:
 
     require(len(settings.probes) > 0, "probes", "at least one", settings.probes)
     asked, data = settings.model, settings.data
+    require(
+        data.stream != "yes", "data.stream", '"auto" or "no" for a probe, which holds its pictures', "yes"
+    )
     pictures = pictures_of(data, "train")
     given = ClassifySettings(data=data, evaluation=settings.evaluation)
     tested, classes = tested_pictures(given, pictures.classes), pictures.classes

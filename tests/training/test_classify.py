@@ -16,9 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pymm import cli
-from pymm.training import CheckpointError, ClassifySettings, SettingsError, load_run, train_classify
+from pymm.training import (
+    CheckpointError,
+    ClassifySettings,
+    SettingsError,
+    classify_data,
+    load_run,
+    probe,
+    train_classify,
+)
 from pymm.training import clip as clip_training
 from pymm.training.classify import ClassifyRun, mixed
+from pymm.training.classify_data import pictures_of
 from pymm.training.classify_settings import (
     BackboneSettings,
     CrossEntropySettings,
@@ -26,9 +35,11 @@ from pymm.training.classify_settings import (
     PictureSettings,
 )
 from pymm.training.log import read_log
+from pymm.training.probe import ProbeSettings
 from pymm.training.runs import CLASSES
 from pymm.training.settings import ClipSettings, DataSettings, ModelSettings
 from pymm.training.task_settings import RunSettings, ScheduleSettings
+from tests.data.shards import write
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 180, 60), "red": (220, 30, 30)}
 
@@ -261,3 +272,44 @@ def test_probes_of_frozen_features(
     assert all(one["top1"] == 1 for one in scores.values())
     assert "init: " in capsys.readouterr().out
     assert cli.main([*base, "--init", "/nowhere"]) == 2
+
+
+def test_a_stream_of_shards(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on to the same bits after a kill, from the classes that its directory names."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    files = sorted((pictures / "train").rglob("*.png"))
+    for i in range(3):
+        members: list[tuple[str, bytes]] = []
+        for n, file in enumerate(files[i::3]):
+            key = f"{i}{n:03}"
+            members += [(f"{key}.png", file.read_bytes()), (f"{key}.cls", file.parent.name.encode())]
+        write(shards / f"{i}.tar", members)
+    data = {"source": str(shards), "batch_size": 6, "stream": "yes", "shuffle_buffer": 5, "test_share": 0.3}
+    given = settings(pictures, tmp_path / "a", data=data)
+    result = train_classify(given)
+    assert json.loads((tmp_path / "a" / CLASSES).read_text()) == list(COLOURS)
+    held = replace(given, data=replace(given.data, stream="no"))
+    tested = len(pictures_of(held.data, "test"))
+    assert result.evaluation["pictures"] == tested > 3
+    assert load_run(tmp_path / "a").evaluate() == result.evaluation
+
+    def interrupt(line: dict[str, Any]) -> None:
+        if line["step"] == 6:
+            raise KeyboardInterrupt
+
+    other = replace(given, run=replace(given.run, out=str(tmp_path / "b")))
+    with pytest.raises(KeyboardInterrupt):
+        train_classify(other, on_step=interrupt)
+    monkeypatch.setattr(classify_data, "classes_of", None)  # is not asked again
+    train_classify(other)
+    first, second = load_file(result.weights), load_file(tmp_path / "b" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stream_where_pictures_are_held(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data.shuffle_buffer must be at least 1, got 0"):
+        settings(pictures, tmp_path, data={"shuffle_buffer": 0})
+    probed = ProbeSettings(data=PictureSettings(source=str(pictures), stream="yes"))
+    with pytest.raises(SettingsError, match=r'data.stream must be "auto" or "no" for a probe'):
+        probe.run(probed)
