@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pymm.interop import bert_maps, transformers_maps, vit_maps
+from pymm.interop import bert_maps, siglip_maps, transformers_maps, vit_maps
 from pymm.interop.residual_maps import residual_stages
 from pymm.interop.rules import TRANSPOSED, VECTOR, KeyMap, Rule, behind, stacked
 from pymm.layers import AttentionPool2d
@@ -51,6 +51,7 @@ _CLIP_TRUNK = (
     Rule(r"visual\.head\.(.*)", (r"visual.head.proj.\1",)),
     *behind("visual.", "visual.trunk.", (*vit_maps.TIMM, *vit_maps.TIMM_CLASS)),
 )
+_SIGLIP_TRUNK = behind("visual.", "visual.trunk.", (*vit_maps.TIMM_ATTENTION_POOL, *vit_maps.TIMM))
 _SCALARS = Rule(r"(logit_scale|logit_bias)", (r"\1",))
 
 
@@ -77,7 +78,8 @@ def _has_vit(model: CLIP) -> bool:
 
 
 def _has_trunk(model: CLIP) -> bool:
-    return isinstance(model.visual, VisionTransformer) and not _has_vit(model)
+    is_vit = isinstance(model.visual, VisionTransformer) and not _has_vit(model)
+    return is_vit and not vit_maps.pools_by_attention(model.visual)
 
 
 def _has_resnet(model: CLIP) -> bool:
@@ -142,6 +144,13 @@ MAPS = (
         )
         for of_visual, visual, has_visual in _VISUALS
         for of_text, text, ignored, has_text in _TEXTS
+    ),
+    KeyMap(
+        ("open_clip",),
+        CLIP,
+        (*_SIGLIP_TRUNK, siglip_maps.OPEN_CLIP_HEAD, *_text("text."), _SCALARS),
+        variant="SigLIP",
+        fits=siglip_maps.is_siglip,
     ),
     KeyMap(
         ("transformers",),

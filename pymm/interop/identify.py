@@ -16,6 +16,7 @@ from pymm.interop.key_maps import OPENAI_FACTS
 from pymm.interop.load import Match, match
 from pymm.layers import AttentionPool2d, PatchEmbed, RelativePositionBias
 from pymm.models import CLIP, BEiT, BertSpec, bert, create_model, describe, list_models
+from pymm.models.bert import ACTIVATIONS
 from pymm.ops._checks import fail
 
 # Rows are looked at whose parameters are as many as the checkpoint's within this factor; another head and
@@ -61,7 +62,7 @@ def identify(tensors: Mapping[str, Tensor], config: Mapping[str, Any], arch: str
     return _sized(arch, model, found)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=256)
 def _on_meta(name: str) -> nn.Module:
     """The names and shapes of a row; what building dozens of them costs is paid once."""
     with torch.device("meta"):
@@ -127,12 +128,23 @@ def _other_shapes(model: nn.Module, found: Match) -> list[str]:
 
 
 def _activation(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
-    """CLIP's, which no shape shows: OpenAI's weights have one, and the donors' configurations name it."""
+    """CLIP's, which no shape shows: some donors have one, and the donors' configurations name it."""
     if shapes.keys() >= set(OPENAI_FACTS):
         return "quick_gelu"
     if "model_cfg" in config:
         return "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
-    return config.get("vision_config", {}).get("hidden_act") or config.get("hidden_act")
+    named = config.get("vision_config", {}).get("hidden_act") or config.get("hidden_act")
+    known = (activation for name, activation in _ACTIVATION_OF.items() if name in shapes)
+    return ACTIVATIONS.get(named, named) if named else next(known, None)
+
+
+# SigLIP's pool in timm, open_clip and transformers, which always compute one.
+_ACTIVATION_OF = {
+    "attn_pool.latent": "gelu",
+    "visual.trunk.attn_pool.latent": "gelu",
+    "head.probe": "gelu_tanh",
+    "vision_model.head.probe": "gelu_tanh",
+}
 
 
 def _sized(arch: str, model: nn.Module, found: Match) -> Found:

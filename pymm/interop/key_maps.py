@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from pymm.interop import beit_maps, bert_maps, clip_maps, mae_maps, rcnn_maps, transformers_maps, vit_maps
+from pymm.interop import (
+    beit_maps,
+    bert_maps,
+    clip_maps,
+    mae_maps,
+    rcnn_maps,
+    siglip_maps,
+    transformers_maps,
+    vit_maps,
+)
 from pymm.interop.clip_maps import OPENAI_FACTS
 from pymm.interop.residual_maps import residual_stages
 from pymm.interop.rules import KeyMap, Rule, convolution, own
@@ -53,6 +62,7 @@ def _is_vgg(model: nn.Module) -> bool:
 
 KEY_MAPS = (
     *clip_maps.MAPS,
+    *siglip_maps.MAPS,
     *vit_maps.MAPS,
     *mae_maps.MAPS,
     *beit_maps.MAPS,

@@ -162,9 +162,8 @@ def _names(
     """Our names that the map finds, each with its rule and the donor's names."""
     found: dict[str, tuple[Rule, tuple[str, ...]]] = {}
     for name in targets:
-        for rule in key_map.rules:
-            theirs = rule.names(name)
-            if theirs is not None and all(key in tensors for key in theirs):
+        for rule, theirs in key_map.places(name):
+            if all(key in tensors for key in theirs):
                 found[name] = rule, theirs
                 break
     return found

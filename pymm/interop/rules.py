@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def convolution(side: int) -> Form:
     return Form(lambda tensors: tensors[0].flatten(1), split)
 
 
-@functools.lru_cache(maxsize=1 << 17)  # a search for the right row asks for the same names over and over
+@functools.lru_cache(maxsize=1 << 17)  # maps share rules
 def _expanded(pattern: str, templates: tuple[str, ...], name: str) -> tuple[str, ...] | None:
     found = re.fullmatch(pattern, name)
     return None if found is None else tuple(found.expand(template) for template in templates)
@@ -108,11 +108,21 @@ class KeyMap:
     variant: str = ""
     ignored: tuple[str, ...] = ()
     fits: Callable[[nn.Module], bool] = _any
+    _places: dict[str, tuple[tuple[Rule, tuple[str, ...]], ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def donor(self) -> str:
         """The donors in words."""
         return " or ".join(self.donors) + (f", {self.variant}" if self.variant else "")
+
+    def places(self, name: str) -> tuple[tuple[Rule, tuple[str, ...]], ...]:
+        """The rules about our `name`, each with the donor's names; a search for the right row asks again."""
+        if name not in self._places:
+            found = ((rule, rule.names(name)) for rule in self.rules)
+            self._places[name] = tuple((rule, theirs) for rule, theirs in found if theirs is not None)
+        return self._places[name]
 
     def ignores(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)

@@ -7,7 +7,8 @@ import re
 from pymm.interop.rules import BATCH_OF_ONE, VECTOR, Rule, stacked
 
 
-def _clip_layers(ours: str, theirs: str) -> tuple[Rule, ...]:
+def clip_layers(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The blocks of its CLIP and SigLIP, behind the two prefixes."""
     a, b = rf"{re.escape(ours)}blocks\.(\d+)\.", rf"{theirs}encoder.layers.\1."
     return (
         Rule(a + r"norm([12])\.(.*)", (b + r"layer_norm\2.\3",)),
@@ -22,12 +23,12 @@ CLIP_RULES = (
     Rule(r"visual\.embed\.prefix", ("vision_model.embeddings.class_embedding",), VECTOR),
     Rule(r"visual\.embed\.position", ("vision_model.embeddings.position_embedding.weight",)),
     Rule(r"visual\.norm_pre\.(.*)", (r"vision_model.pre_layrnorm.\1",)),
-    *_clip_layers("visual.", "vision_model."),
+    *clip_layers("visual.", "vision_model."),
     Rule(r"visual\.norm\.(.*)", (r"vision_model.post_layernorm.\1",)),
     Rule(r"visual\.head\.weight", ("visual_projection.weight",)),
     Rule(r"text\.embed\.weight", ("text_model.embeddings.token_embedding.weight",)),
     Rule(r"text\.embed\.position", ("text_model.embeddings.position_embedding.weight",)),
-    *_clip_layers("text.", "text_model."),
+    *clip_layers("text.", "text_model."),
     Rule(r"text\.norm\.(.*)", (r"text_model.final_layer_norm.\1",)),
     Rule(r"text\.head\.weight", ("text_projection.weight",)),
     Rule(r"logit_scale", ("logit_scale",)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pymm.interop.rules import BATCH_OF_ONE, Form, KeyMap, Rule
 from pymm.interop.transformers_maps import vit_embed, vit_file_blocks, vit_model_blocks
-from pymm.layers import MeanToken
+from pymm.layers import AttentionPool, ClassToken, MeanToken
 from pymm.models.deit import DeiT
 from pymm.models.vit import VisionTransformer
 
@@ -18,10 +18,23 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten(0, -2) for t in tensors])
 
 
+def _one_after_another(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
+
+
 def _first_and_rest(t: Tensor) -> Sequence[Tensor] | None:
     return [t[None, :1], t[None, 1:]] if t.shape[0] > 1 else None
 
 
+def _thirds(t: Tensor) -> Sequence[Tensor] | None:
+    return t.split([t.shape[0] // 3, t.shape[0] - t.shape[0] // 3])
+
+
+TIMM_ATTENTION_POOL = (
+    Rule(r"pool\.probe", ("attn_pool.latent",), BATCH_OF_ONE),
+    Rule(r"pool\.qkv\.(.*)", (r"attn_pool.q.\1", r"attn_pool.kv.\1"), Form(_one_after_another, _thirds)),
+    Rule(r"pool\.((?:proj|norm|mlp)\..*)", (r"attn_pool.\1",)),
+)
 TIMM = (
     Rule(r"embed\.(weight|bias)", (r"patch_embed.proj.\1",)),
     Rule(r"embed\.position", ("pos_embed",), BATCH_OF_ONE),
@@ -62,11 +75,17 @@ _TORCHVISION = (
 def _has_class_token(model: nn.Module) -> bool:
     """timm has rows of registers and the mean, but none of registers, a class token and the mean."""
     assert isinstance(model, VisionTransformer)
-    return not isinstance(model.pool, MeanToken) or model.num_prefix_tokens == 1
+    return isinstance(model.pool, ClassToken) or (
+        isinstance(model.pool, MeanToken) and model.num_prefix_tokens == 1
+    )
 
 
 def _has_registers_alone(model: nn.Module) -> bool:
-    return not _has_class_token(model)
+    return not _has_class_token(model) and not pools_by_attention(model)
+
+
+def pools_by_attention(model: nn.Module) -> bool:
+    return isinstance(model, VisionTransformer) and isinstance(model.pool, AttentionPool)
 
 
 def _transformers_distilled(blocks: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -89,6 +108,13 @@ MAPS = (
         (*TIMM, *_TIMM_REGISTERS),
         variant="registers alone",
         fits=_has_registers_alone,
+    ),
+    KeyMap(
+        ("timm",),
+        VisionTransformer,
+        (*TIMM_ATTENTION_POOL, *TIMM, *TIMM_CLASS),
+        variant="pooled by attention",
+        fits=pools_by_attention,
     ),
     KeyMap(("timm",), DeiT, _TIMM_DISTILLED),
     KeyMap(

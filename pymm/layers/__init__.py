@@ -6,7 +6,7 @@ from pymm.layers.linear import Linear
 from pymm.layers.mlp import MLP
 from pymm.layers.patch_embed import PatchEmbed
 from pymm.layers.pixels import Normalize, from_patches, to_patches
-from pymm.layers.pool import AttentionPool2d, ClassToken, MeanMap, MeanToken
+from pymm.layers.pool import AttentionPool, AttentionPool2d, ClassToken, MeanMap, MeanToken
 from pymm.layers.position import resample_position, sincos_position
 from pymm.layers.qkv import QKV
 from pymm.layers.relative_position import (
@@ -28,6 +28,7 @@ __all__ = [
     "MLP",
     "QKV",
     "Attention",
+    "AttentionPool",
     "AttentionPool2d",
     "BasicBlock",
     "Block",

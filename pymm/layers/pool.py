@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pymm.layers.linear import Linear
+from pymm.layers.mlp import MLP
 from pymm.layers.position import resample_position
-from pymm.ops import attention
+from pymm.ops import attention, linear
 from pymm.ops._checks import fail
+from pymm.ops.linear import Activation
 
 
 class ClassToken(nn.Module):
@@ -86,3 +88,50 @@ class AttentionPool2d(nn.Module):
         y = attention(q, k, v)
         assert isinstance(y, Tensor)
         return y.reshape(b, c)
+
+
+class AttentionPool(nn.Module):
+    r"""Attention with a learned query over the tokens (Lee et al. 2019, arXiv:1810.00825, eq. 11).
+
+    As vision transformers use it (Zhai et al. 2022, arXiv:2106.04560, sec. 3.2): with the query, the probe p,
+    `y = proj(attention(p W_q, x W_k, x W_v))`, and the result is `y + mlp(norm(y))`.
+
+    Args:
+        width: C.
+        heads: H, a divisor of `width`.
+        mlp_width: between the two layers of the MLP.
+        activation: as `pymm.layers.Linear` takes it.
+        eps: of the norm.
+
+    Raises:
+        ValueError: when `heads` does not divide `width`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, activation: Activation = "gelu", eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            fail("AttentionPool", "heads", f"a divisor of the width {width}", heads)
+        self.heads = heads
+        self.probe = nn.Parameter(torch.empty(1, width))
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, mlp_width, activation)
+        nn.init.trunc_normal_(self.probe, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (B, N, C)` -> `(B, C)`."""
+        b, n, c = x.shape
+        d = c // self.heads
+        weight, bias = self.qkv.weight, self.qkv.bias
+        assert bias is not None
+        q = linear(self.probe, weight[:c], bias[:c]).view(1, self.heads, 1, d).expand(b, -1, -1, -1)
+        kv = linear(x, weight[c:], bias[c:]).view(b, n, 2, self.heads, d)
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
+        y = attention(q, k, v)
+        assert isinstance(y, Tensor)
+        y = self.proj(y.reshape(b, c))
+        pooled: Tensor = self.mlp(self.norm(y), y)
+        return pooled

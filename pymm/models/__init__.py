@@ -26,6 +26,7 @@ from pymm.models import (
     rcnn,
     rcnn_c4,
     resnet,
+    siglip_rows,
     vit,
     vit_rows,
 )
@@ -41,6 +42,7 @@ from pymm.models.rcnn import RCNN, Detections, RCNNSpec
 from pymm.models.rcnn_c4 import RCNNC4Spec
 from pymm.models.regions import GridFeatures, RegionExtractor, Regions
 from pymm.models.resnet import ResNet, ResNetSpec
+from pymm.models.siglip import SigLIPText
 from pymm.models.text import TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec
 from pymm.ops._checks import fail
@@ -70,6 +72,7 @@ _TABLES: tuple[tuple[Spec, ...], ...] = (
     convnet.ROWS,
     lenet.ROWS,
     clip_rows.ROWS,
+    siglip_rows.ROWS,
     bert.ROWS,
     rcnn.ROWS,
     rcnn_c4.ROWS,
@@ -179,6 +182,7 @@ __all__ = [
     "Regions",
     "ResNet",
     "ResNetSpec",
+    "SigLIPText",
     "Spec",
     "TextTransformer",
     "ViTSpec",

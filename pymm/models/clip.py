@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pymm.models import bert, resnet, text, vit
+from pymm.models import bert, resnet, siglip, text, vit
 from pymm.models.bert import Bert, BertSpec
 from pymm.models.resnet import ResNet, ResNetSpec, ResNetTower, SmallResNetTower
+from pymm.models.siglip import SigLIPText, SigLIPTextTower
 from pymm.models.text import TextTower, TextTransformer
 from pymm.models.vit import VisionTransformer, ViTSpec, ViTTower
 from pymm.ops._checks import fail
@@ -37,14 +38,15 @@ class CLIP(nn.Module):
     def __init__(
         self,
         visual: VisionTransformer | ResNet,
-        text: TextTransformer | Bert,
+        text: TextTransformer | Bert | SigLIPText,
         *,
         logit_scale: float = math.log(1 / 0.07),
         logit_bias: float | None = None,
     ) -> None:
         super().__init__()
-        if visual.num_classes != text.num_classes:
-            fail("CLIP", "text", f"of the image tower's size {visual.num_classes}", text.num_classes)
+        size = visual.num_classes or visual.num_features
+        if size != text.num_classes:
+            fail("CLIP", "text", f"of the image tower's size {size}", text.num_classes)
         self.visual, self.text = visual, text
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
@@ -109,7 +111,7 @@ class CLIP(nn.Module):
 
         Args:
             tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size), padded with zeros; for CLIP's
-                own text tower the end token is the highest.
+                own text tower the end token is the highest; for SigLIP's, L = context_length.
             normalize: scale the rows to length 1.
             intermediates: receives what the tower names, behind `"text."`.
 
@@ -162,13 +164,14 @@ ImageTower = ViTTower | ResNetTower | SmallResNetTower | ViTSpec | ResNetSpec
 class CLIPSpec:
     """A row: sizes, and where they are written. `parameters` counts those of the row as it stands.
 
-    A tower is CLIP's own, or a model of its own with a linear head: a ViT or ResNet as it classifies images,
-    whose classifier is the projection, and a BERT. `activation` is for CLIP's own towers.
+    A tower is CLIP's own, SigLIP's text tower, or a model of its own with a linear head: a ViT or ResNet as
+    it classifies images, whose classifier is the projection, and a BERT. A ViT that pools by attention needs
+    no projection. `activation` is for CLIP's own towers and SigLIP's text tower.
     """
 
     name: str
     image: ImageTower
-    text: TextTower | BertSpec
+    text: TextTower | BertSpec | SigLIPTextTower
     embed: int
     activation: Activation
     parameters: int
@@ -195,14 +198,20 @@ def build(spec: CLIPSpec) -> CLIP:
     elif isinstance(spec.image, ResNetTower):
         visual = resnet.build_tower(spec.image, spec.embed, spec.mean, spec.std)
     elif isinstance(spec.image, ViTSpec):
-        visual = vit.build(replace(spec.image, num_classes=spec.embed, mean=spec.mean, std=spec.std))
+        classes = 0 if spec.image.pool == "attention" else spec.embed
+        visual = vit.build(replace(spec.image, num_classes=classes, mean=spec.mean, std=spec.std))
     else:
         visual = resnet.build(replace(spec.image, num_classes=spec.embed, mean=spec.mean, std=spec.std))
+    reading: TextTransformer | Bert | SigLIPText
+    if isinstance(spec.text, BertSpec):
+        reading = bert.build(spec.text, spec.embed)
+    elif isinstance(spec.text, SigLIPTextTower):
+        reading = siglip.build_text(spec.text, spec.embed, spec.activation)
+    else:
+        reading = text.build_tower(spec.text, spec.embed, spec.activation)
     return CLIP(
         visual,
-        bert.build(spec.text, spec.embed)
-        if isinstance(spec.text, BertSpec)
-        else text.build_tower(spec.text, spec.embed, spec.activation),
+        reading,
         logit_scale=spec.logit_scale,
         logit_bias=spec.logit_bias,
     )

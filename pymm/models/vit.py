@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pymm.layers import Blocks, ClassToken, Linear, MeanToken, PatchEmbed, transformer_blocks
+from pymm.layers import AttentionPool, Blocks, ClassToken, Linear, MeanToken, PatchEmbed, transformer_blocks
 from pymm.models.tokened import TokenNetwork, new_head, truncated
 from pymm.ops.linear import Activation
 
@@ -79,7 +79,7 @@ class ViTSpec:
 
     `prefix` counts class and register tokens; `position` says whether they have positions too. With the pool
     `"class"` the head reads the first token behind the final norm, with `"mean"` the normalized mean of the
-    patches.
+    patches, with `"attention"` what a learned query finds among the normalized tokens.
     """
 
     name: str
@@ -98,14 +98,20 @@ class ViTSpec:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     prefix: int = 1
     position: Literal["all", "patches"] = "all"
-    pool: Literal["class", "mean"] = "class"
+    pool: Literal["class", "mean", "attention"] = "class"
     layer_scale: float | None = None
+    activation: Activation = "gelu"
 
 
 def build(spec: ViTSpec) -> VisionTransformer:
     """The ViT of a row, initialised as timm does it: truncated normal with 0.02, zero biases."""
     norm = nn.LayerNorm(spec.width, eps=1e-6)
     mean = spec.pool == "mean"
+    pool: nn.Module
+    if spec.pool == "attention":
+        pool = AttentionPool(spec.width, spec.heads, spec.mlp_width, activation=spec.activation)
+    else:
+        pool = MeanToken(spec.prefix, norm) if mean else ClassToken()
     model = VisionTransformer(
         PatchEmbed(
             spec.image_size,
@@ -117,12 +123,20 @@ def build(spec: ViTSpec) -> VisionTransformer:
             std=spec.std,
         ),
         nn.Identity(),
-        transformer_blocks(spec.depth, spec.width, spec.heads, spec.mlp_width, layer_scale=spec.layer_scale),
+        transformer_blocks(
+            spec.depth,
+            spec.width,
+            spec.heads,
+            spec.mlp_width,
+            activation=spec.activation,
+            layer_scale=spec.layer_scale,
+        ),
         nn.Identity() if mean else norm,
-        MeanToken(spec.prefix, norm) if mean else ClassToken(),
+        pool,
         new_head(spec.width, spec.num_classes),
     )
     truncated(model.blocks)
+    truncated(model.pool)
     return model
 
 
