@@ -158,23 +158,52 @@ def _multihead(
 
 
 _FUSED_ARGUMENTS = {"x", "attn_mask", "is_causal"}
+_RELATIVE_ARGUMENTS = ["x", "shared_rel_pos_bias"]
 
 
 def _is_fused(module: nn.Module) -> str | None:
     """Attention with one projection for queries, keys and values, as timm writes it."""
+    reason = _has_thirds(module)
+    if reason == "" and not set(parameters_of(type(module).forward)) <= _FUSED_ARGUMENTS:
+        return "its forward takes more than tokens and a mask"
+    return reason
+
+
+def _is_relative(module: nn.Module) -> str | None:
+    """The same with a bias for each relative position, as BEiT has it in timm."""
+    names = ("q_bias", "k_bias", "v_bias", "relative_position_bias_table", "_get_rel_pos_bias")
+    if not all(hasattr(module, name) for name in names):
+        return None
+    return _has_thirds(module) if parameters_of(type(module).forward) == _RELATIVE_ARGUMENTS else None
+
+
+def _has_thirds(module: nn.Module) -> str | None:
     qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
     if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear):
         return None
     if not isinstance(getattr(module, "num_heads", None), int) or qkv.out_features != 3 * proj.in_features:
         return "its heads are not thirds of one projection"
-    if not set(parameters_of(type(module).forward)) <= _FUSED_ARGUMENTS:
-        return "its forward takes more than tokens and a mask"
     return ""
 
 
 def _fused(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    b, t, _ = x.shape
-    qkv = self.qkv(x)
+    return _attend(self, self.qkv(x), attn_mask, is_causal)
+
+
+def _relative(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+    if self.q_bias is None:
+        qkv = self.qkv(x)
+    else:
+        qkv = ops.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+    bias = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+    if shared_rel_pos_bias is not None:
+        bias = shared_rel_pos_bias if bias is None else bias + shared_rel_pos_bias
+    return _attend(self, qkv, bias)
+
+
+def _attend(self: Any, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """From the heads of one projection to the result."""
+    b, t, _ = qkv.shape
     q, k, v = (
         part.transpose(1, 2)
         for part in qkv.view(b, t, 3, self.num_heads, qkv.shape[2] // (3 * self.num_heads)).unbind(2)
@@ -196,10 +225,31 @@ def _fused_example(module: nn.Module) -> tuple[Any, ...]:
     return (torch.randn(2, 7, module.qkv.in_features),)
 
 
+def _relative_example(module: nn.Module) -> tuple[Any, ...]:
+    assert isinstance(module.qkv, nn.Linear)
+    index = getattr(module, "relative_position_index", None)
+    return (torch.randn(2, 7 if index is None else index.shape[0], module.qkv.in_features),)
+
+
 _LOSS_ARGUMENTS = ["image_features", "text_features", "logit_scale", "logit_bias", "output_dict"]
 
 
 def _is_loss(module: nn.Module) -> str | None:
+    """open_clip's softmax loss, which may have a bias."""
+    return None if _needs_bias(module) else _one_process(module)
+
+
+def _is_sigmoid_loss(module: nn.Module) -> str | None:
+    """open_clip's sigmoid loss, which must have one."""
+    return _one_process(module) if _needs_bias(module) else None
+
+
+def _needs_bias(module: nn.Module) -> bool:
+    bias = inspect.signature(type(module).forward).parameters.get("logit_bias")
+    return bias is not None and bias.default is inspect.Parameter.empty
+
+
+def _one_process(module: nn.Module) -> str | None:
     if parameters_of(type(module).forward) != _LOSS_ARGUMENTS or any(True for _ in module.parameters()):
         return None
     return "" if getattr(module, "world_size", 1) == 1 else "it gathers from several processes"
@@ -224,11 +274,48 @@ def _loss_example(module: nn.Module) -> tuple[Any, ...]:
     return x, y, torch.tensor(10.0)
 
 
+def _sigmoid(
+    self: Any,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    output_dict: bool = False,
+) -> Any:
+    if logit_bias is None or getattr(self, "world_size", 1) != 1 or not len(image_features):
+        return original(self, image_features, text_features, logit_scale, logit_bias, output_dict)
+    x, length = _of_one_length(image_features, 0)
+    y, other = _of_one_length(text_features, 1)
+    loss = ops.sigmoid_contrastive(x, y, logit_scale * length * other, logit_bias).to(image_features.dtype)
+    return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _of_one_length(x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """Rows brought to one length, and that length; the op normalizes its rows, and this loss does not.
+
+    Each row gets two coordinates, one of them zero in x and the other in y, so that no product changes, and
+    neither does a gradient: moving a row moves it on the sphere. The sphere is a little larger than the
+    longest row, so that the root has a slope everywhere.
+    """
+    acc = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = acc.square().sum(1, keepdim=True)
+    radius = squares.detach().amax().clamp_min(1e-12) * (1 + 2**-4)
+    rest = (radius - squares).sqrt()
+    columns = [rest, torch.zeros_like(rest)] if place == 0 else [torch.zeros_like(rest), rest]
+    return torch.cat([x, *(c.to(x.dtype) for c in columns)], 1), radius.sqrt()
+
+
+def _sigmoid_example(module: nn.Module) -> tuple[Any, ...]:
+    return torch.randn(6, 16), torch.randn(6, 16), torch.tensor(3.0), torch.tensor(-2.0)
+
+
 PATTERNS = (
     Pattern("patch embedding", _is_patches, _patches),
     Pattern("attention", _is_multihead, _multihead),
+    Pattern("attention", _is_relative, _relative, _relative_example),
     Pattern("attention", _is_fused, _fused, _fused_example),
     Pattern("contrastive loss", _is_loss, _info_nce, _loss_example),
+    Pattern("sigmoid loss", _is_sigmoid_loss, _sigmoid, _sigmoid_example),
     Pattern("linear", _is_linear, _linear),
 )
 ACTIVATION = Pattern("activation", lambda module: None, _as_it_is)

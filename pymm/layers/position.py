@@ -31,12 +31,17 @@ def resample_position(position: Tensor, grid: tuple[int, int], *, prefix: int = 
     side = math.isqrt(n)
     if side * side != n:
         fail("resample_position", "position", "rows of a square grid behind the prefix", n)
-    if (side, side) == grid:
+    if is_grid(grid, (side, side)):
         return position
     old = position[prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     new = F.interpolate(old, size=grid, mode="bicubic", antialias=True, align_corners=False)
     new = new.flatten(2)[0].mT.to(position.dtype)  # (h*w, C)
     return torch.cat([position[:prefix], new]) if prefix else new
+
+
+def is_grid(grid: tuple[int, int], known: tuple[int, int]) -> bool:
+    """Whether a grid is the known one; not while `torch.export` makes a graph for all of them."""
+    return all(isinstance(size, int) for size in grid) and grid == known
 
 
 def sincos_position(grid: tuple[int, int], width: int, *, prefix: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pymm.layers.position import is_grid
 from pymm.ops._checks import fail
 
 # Rows of a table behind those of the patches: from the class token, to it, and its own.
@@ -73,7 +74,7 @@ def resample_relative_position(table: Tensor, grid: tuple[int, int]) -> Tensor:
     if side * side != table.shape[0] - _OTHERS or side % 2 == 0:
         fail("resample_relative_position", "table", "((2g - 1)^2 + 3, H)", tuple(table.shape))
     size = (2 * grid[0] - 1, 2 * grid[1] - 1)
-    if size == (side, side):
+    if is_grid(size, (side, side)):
         return table
     old = table[:-_OTHERS].float().mT.reshape(1, -1, side, side)
     new = F.interpolate(old, size=size, mode="bilinear", align_corners=False)[0].flatten(1).mT

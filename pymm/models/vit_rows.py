@@ -16,7 +16,10 @@ _STEINER = "Steiner et al. 2022, arXiv:2106.10270, sec. 3.2"
 _DEIT = "Touvron et al. 2021, arXiv:2012.12877, table 1"
 _DEIT3 = "Touvron et al. 2022, arXiv:2204.07118, with the sizes of timm"
 _REGISTERS = "Darcet et al. 2024, arXiv:2309.16588, sec. 2, with the sizes of timm"
-_DINOV2 = "Oquab et al. 2024, arXiv:2304.07193, with four registers (arXiv:2309.16588)"
+_DINOV2 = "Oquab et al. 2024, arXiv:2304.07193"
+_DINOV2_REGISTERS = f"{_DINOV2}, with four registers (arXiv:2309.16588)"
+_DINO = "Caron et al. 2021, arXiv:2104.14294, with the sizes of timm"
+_ZHAI = "Zhai et al. 2022, arXiv:2106.04560, table 2"
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -68,19 +71,20 @@ def _registers(
 
 
 def _dinov2(name: str, size: tuple[int, int, int, int], parameters: int) -> ViTSpec:
-    """A class token and four registers, no classifier."""
+    """A class token with a position, or with four registers and without one; no classifier."""
+    registers = "reg4" in name
     return ViTSpec(
         name,
         14,
         *size,
         parameters,
-        _DINOV2,
+        _DINOV2_REGISTERS if registers else _DINOV2,
         image_size=518,
         num_classes=0,
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
-        prefix=5,
-        position="patches",
+        prefix=5 if registers else 1,
+        position="patches" if registers else "all",
         layer_scale=1e-5,
     )
 
@@ -88,6 +92,7 @@ def _dinov2(name: str, size: tuple[int, int, int, int], parameters: int) -> ViTS
 # Width, depth, heads, width of the MLP.
 _TI, _S, _B = (192, 12, 3, 768), (384, 12, 6, 1536), (768, 12, 12, 3072)
 _L, _H, _M = (1024, 24, 16, 4096), (1280, 32, 16, 5120), (512, 12, 8, 2048)
+_SMALL_G, _G = (1408, 40, 16, 6144), (1664, 48, 16, 8192)
 
 _AUGREG = (
     _augreg("vit_tiny_patch16_224", 16, _TI, 5_717_416, _STEINER, 224),
@@ -105,7 +110,10 @@ _AUGREG = (
     _augreg("vit_large_patch32_384", 32, _L, 306_632_680, _VIT, 384),
     _augreg("vit_large_patch16_224", 16, _L, 304_326_632, _VIT, 224),
     _augreg("vit_large_patch16_384", 16, _L, 304_715_752, _VIT, 384),
+    _augreg("vit_large_patch14_224", 14, _L, 304_203_752, _VIT, 224),
     _augreg("vit_huge_patch14_224", 14, _H, 632_045_800, _VIT, 224),
+    _augreg("vit_giant_patch14_224", 14, _SMALL_G, 1_012_611_432, _ZHAI, 224),
+    _augreg("vit_gigantic_patch14_224", 14, _G, 1_844_440_680, _ZHAI, 224),
 )
 _BY_NAME = {row.name: row for row in _AUGREG}
 
@@ -143,6 +151,19 @@ ROWS = (
     _registers("vit_medium_patch16_reg4_gap_256", _M, 38_881_768, 1e-5),
     _registers("vit_betwixt_patch16_reg4_gap_256", (640, 12, 10, 2560), 60_398_440, 1e-5),
     _registers("vit_base_patch16_reg4_gap_256", _B, 86_615_272, None),
+    ViTSpec(
+        "vit_small_patch8_224",
+        8,
+        *_S,
+        21_670_272,
+        _DINO,
+        num_classes=0,
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+    ),
+    _dinov2("vit_small_patch14_dinov2", _S, 22_056_192),
+    _dinov2("vit_base_patch14_dinov2", _B, 86_579_712),
+    _dinov2("vit_large_patch14_dinov2", _L, 304_367_616),
     _dinov2("vit_small_patch14_reg4_dinov2", _S, 22_057_344),
     _dinov2("vit_base_patch14_reg4_dinov2", _B, 86_582_016),
     _dinov2("vit_large_patch14_reg4_dinov2", _L, 304_370_688),

@@ -104,7 +104,40 @@ def of_torchvision() -> Case:
     return Case(make, lambda m: (m(pixels(m)),), changed)
 
 
+def of_timm_beit(**options: Any) -> Case:
+    def make() -> Any:
+        sizes = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 48,
+            "depth": 2,
+            "num_heads": 3,
+            "num_classes": 10,
+        }
+        beit = pytest.importorskip("timm").models.beit.Beit
+        return beit(**{**sizes, "init_values": 0.1, "use_abs_pos_emb": False, **options})
+
+    changed = {"patch embedding": 1, "attention": 2, "linear": 7, "linear with gelu": 2}
+    return Case(make, lambda m: (m(pixels(m)),), changed)
+
+
+def of_transformers_beit() -> Case:
+    def make() -> Any:
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+        config = transformers.BeitConfig(
+            **sizes, image_size=32, patch_size=8, use_relative_position_bias=True, num_labels=10
+        )
+        return transformers.BeitForImageClassification(config)
+
+    changed = {"patch embedding": 1, "attention": 1, "linear": 11, "linear with gelu": 2}
+    return Case(make, lambda m: (m(pixels(m)).logits,), changed)
+
+
 CASES = {
+    "timm BEiT": lambda: of_timm_beit(use_rel_pos_bias=True),
+    "timm BEiT of a shared bias": lambda: of_timm_beit(use_shared_rel_pos_bias=True, qkv_bias=False),
+    "transformers BEiT": of_transformers_beit,
     "timm": of_timm,
     "timm qk norm": lambda: of_timm(qk_norm=True, init_values=0.1),
     "timm registers": lambda: of_timm(reg_tokens=2, class_token=False, global_pool="avg"),
@@ -324,7 +357,29 @@ def test_open_clips_loss() -> None:
     assert pymm.accelerate(loss).changed == {"": "contrastive loss"}
     for a, b in zip(run(), before, strict=True):
         assert error(a, b) < 1e-5
-    assert not pymm.accelerate(open_clip.loss.SigLipLoss()).changed
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 1.0), (0.1, 3.0)])
+def test_open_clips_sigmoid_loss(lengths: tuple[float, float]) -> None:
+    """Value and all gradients, also of features that nobody has normalized."""
+    loss = pytest.importorskip("open_clip").loss.SigLipLoss()
+    x, y = (nn.functional.normalize(torch.randn(12, 20), dim=-1).double() for _ in range(2))
+    stretch = torch.linspace(*lengths, 12, dtype=torch.float64)[:, None]
+    x, y = (x * stretch).requires_grad_(), (y * stretch.flip(0)).requires_grad_()
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, -3.0))
+
+    def run() -> tuple[Tensor, ...]:
+        value = loss(x, y, scale, bias, output_dict=True)["contrastive_loss"]
+        return value, *torch.autograd.grad(value, (x, y, scale, bias))
+
+    before = run()
+    single = loss(x.float(), y.float(), scale.float(), bias.float())
+    assert pymm.accelerate(loss).changed == {"": "sigmoid loss"}
+    for a, b in zip(run(), before, strict=True):
+        assert error(a, b) < 1e-10
+    assert error(loss(x.float(), y.float(), scale.float(), bias.float()), single) < 1e-5
+    gathers = pytest.importorskip("open_clip").loss.SigLipLoss(world_size=2)
+    assert list(pymm.accelerate(gathers).left.values()) == ["it gathers from several processes"]
 
 
 def test_twice_once_back() -> None:

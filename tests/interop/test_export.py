@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pymm
 from pymm import cli
 from pymm.interop import save
 from pymm.interop.export import export, export_onnx
+from pymm.models import beit, resnet, vit
 from tests.interop.compare import randomize
 
 IMAGE, TEXT = ("clip_tiny", "image"), ("clip_tiny", "text")
@@ -71,6 +74,58 @@ def test_onnx(tmp_path: Path, name: str, tower: Any) -> None:
         assert (torch.from_numpy(got) - y).abs().max() < 1e-5 * max(1.0, float(y.abs().max()))
 
 
+def small(name: str) -> Any:
+    """Few layers of each kind, as exporting takes its time for each of them."""
+    models: dict[str, Callable[[], Any]] = {
+        "vit": lambda: vit.build(
+            replace(row("vit_mini_patch8_64"), width=24, depth=1, heads=3, mlp_width=48, prefix=2)
+        ),
+        "beit": lambda: beit.build(replace(row("beit_mini_patch8_64"), width=24, depth=1)),
+        "resnet": lambda: resnet.build(replace(row("resnet18"), depths=(1, 1, 1, 1), num_classes=5)),
+        "clip": lambda: pymm.create_model("clip_rn_tiny"),
+    }
+    torch.manual_seed(0)
+    model = models[name]()
+    randomize(model)
+    return model.eval()
+
+
+def row(name: str) -> Any:
+    return pymm.models.describe(name)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "resnet", "clip"])
+def test_any_size(tmp_path: Path, name: str) -> None:
+    """One graph, and one file, for two sizes that are not square, and for the model's own."""
+    model, tower = small(name), "image" if name == "clip" else None
+    program = export(model, tower, any_size=True)
+    step = 8 if name in ("vit", "beit") else 11
+    sides = ((4 * step, 9 * step), (10 * step, 5 * step), (model.image_size, model.image_size))
+    samples = [torch.randn(n, 3, *side) for n, side in zip((1, 3, 2), sides, strict=True)]
+    for x in samples:
+        y = expected(model, tower, x)
+        assert (program.module()(x) - y).abs().max() < 1e-5 * max(1.0, float(y.abs().max()))
+    if name not in ("vit", "resnet"):
+        return
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_onnx(model, tmp_path / "m.onnx", tower, any_size=True)
+    session = runtime.InferenceSession(tmp_path / "m.onnx")
+    for x in samples:
+        (got,) = session.run(None, {"pixels": x.numpy()})
+        y = expected(model, tower, x)
+        assert (torch.from_numpy(got) - y).abs().max() < 1e-5 * max(1.0, float(y.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vgg_tiny", "ConvNet"), ("lenet5", "ConvNet")])
+def test_a_graph_that_depends_on_the_size_is_refused(name: str, kind: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        export(made(name), any_size=True)
+    text = str(caught.value)
+    assert text.startswith(f"export: any_size must be False for {kind}, whose graph depends on the size")
+    assert "\n" not in text
+
+
 def test_command(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -90,6 +145,8 @@ def test_what_cannot_be_exported() -> None:
         export(pymm.create_model("vgg_tiny"), "text")
     with pytest.raises(ValueError, match="export: model must be a model of images, or CLIP, got Linear"):
         export(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="export: any_size must be False for the text tower, got True"):
+        export(pymm.create_model("clip_tiny"), "text", any_size=True)
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -86,9 +86,10 @@ def test_rows_are_timms(timm: Any) -> None:
         describe(name)
         for pattern in ("vit_*", "deit*", "resnet*", "vgg1*")
         for name in pymm.list_models(pattern)
+        if not name.endswith("_tanh")  # SigLIP's image tower as transformers computes it
     ]
     rows = [row for row in kinds if not isinstance(row, CLIPSpec) and row.source != "pymm"]
-    assert len(rows) == 52
+    assert len(rows) == 67
     for row in rows:
         with torch.device("meta"):
             theirs = timm.create_model(row.name, num_classes=row.num_classes)
