@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pymm import __version__
 from pymm.interop import bert_files
-from pymm.interop.files import Checkpoint, read
+from pymm.interop.files import Checkpoint, read, section
 from pymm.interop.identify import identify
 from pymm.interop.load import load_state, unwrapped
 from pymm.layers import Linear, Normalize, PatchEmbed
@@ -92,12 +92,16 @@ def _set_eps(model: nn.Module, config: Mapping[str, Any]) -> None:
 def _set_normalization(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Mean and standard deviation of the pixels that the weights were trained with, where the donor says."""
     for place, names in _NORMALIZATIONS.items():
-        found = [config.get(place, {}).get(name) for name in names]
+        mean, std = (_numbers(section(config, place).get(name)) for name in names)
         for module in model.modules():
-            if isinstance(module, (PatchEmbed, Normalize)) and all(
-                isinstance(numbers, list) and len(numbers) == len(module.mean) for numbers in found
-            ):
-                module.mean, module.std = (tuple(float(x) for x in numbers) for numbers in found)
+            if isinstance(module, (PatchEmbed, Normalize)) and len(mean) == len(std) == len(module.mean):
+                module.mean, module.std = mean, std
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """A list of numbers, or nothing where it is something else."""
+    fits = isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
+    return tuple(float(x) for x in value) if fits else ()
 
 
 # Where timm, open_clip and transformers keep them.

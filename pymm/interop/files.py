@@ -72,6 +72,12 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(state, beside, metadata)
 
 
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a configuration; empty where it is missing or something else."""
+    part = config.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
 def read_json(path: Path) -> Any:
     """What a file beside a checkpoint says.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pymm.interop import bert_files
+from pymm.interop.files import section
 from pymm.interop.key_maps import OPENAI_FACTS
 from pymm.interop.load import Match, match
 from pymm.layers import AttentionPool2d, PatchEmbed, RelativePositionBias
@@ -132,10 +133,10 @@ def _activation(shapes: Mapping[str, Tensor], config: Mapping[str, Any]) -> str 
     if shapes.keys() >= set(OPENAI_FACTS):
         return "quick_gelu"
     if "model_cfg" in config:
-        return "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
-    named = config.get("vision_config", {}).get("hidden_act") or config.get("hidden_act")
+        return "quick_gelu" if section(config, "model_cfg").get("quick_gelu") else "gelu"
+    named = section(config, "vision_config").get("hidden_act") or config.get("hidden_act")
     known = (activation for name, activation in _ACTIVATION_OF.items() if name in shapes)
-    return ACTIVATIONS.get(named, named) if named else next(known, None)
+    return ACTIVATIONS.get(named, named) if isinstance(named, str) else next(known, None)
 
 
 # SigLIP's pool in timm, open_clip and transformers, which always compute one.

@@ -239,12 +239,15 @@ def read_config(config: Mapping[str, Any], pooling: Pooling = "pooler") -> BertS
     if pooling not in get_args(Pooling):
         fail("read_config", "pooling", f"one of {', '.join(get_args(Pooling))}", repr(pooling))
     activation = config.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         fail("read_config", "config['hidden_act']", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     for key in (*names, "max_position_embeddings", "type_vocab_size"):
-        if not isinstance(config.get(key), int):
-            fail("read_config", f"config[{key!r}]", "an integer", repr(config.get(key)))
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            fail("read_config", f"config[{key!r}]", "a positive integer", repr(config.get(key)))
+    eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float) or not eps > 0:
+        fail("read_config", "config['layer_norm_eps']", "a positive number", repr(eps))
     width, depth, heads, hidden, vocabulary = (config[key] for key in names)
     return BertSpec(
         "bert",
@@ -259,7 +262,7 @@ def read_config(config: Mapping[str, Any], pooling: Pooling = "pooler") -> BertS
         config["max_position_embeddings"],
         config["type_vocab_size"],
         ACTIVATIONS[activation],
-        config.get("layer_norm_eps", 1e-12),
+        eps,
     )
 
 

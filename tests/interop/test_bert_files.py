@@ -168,6 +168,26 @@ def test_bad_weights(transformers: Any) -> None:
     assert "1 mismatched (blocks.0.mlp.fc2.bias: expected (128,), got (5,))" in text
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads", 0), ("layer_norm_eps", "x"), ("hidden_act", ["gelu"]), ("vocab_size", None)],
+)
+def test_bad_configuration(transformers: Any, tmp_path: Path, key: str, value: Any) -> None:
+    theirs = donor(transformers)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+    assert f"config[{key!r}] must be" in one_line(lambda: pymm.load(tmp_path), "read_config: ")
+    sections = {
+        "vision_config": 3,
+        "preprocessor": [],
+        "hidden_act": {},
+        "pretrained_cfg": {"mean": ["x"] * 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sections))
+    assert pymm.load(tmp_path).arch == "bert_tiny"
+
+
 def test_what_is_no_bert(transformers: Any, tmp_path: Path) -> None:
     """RoBERTa has BERT's names and counts its positions otherwise."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}

@@ -102,7 +102,7 @@ def test_errors() -> None:
         ({"model_type": "roberta"}, "config['model_type'] must be 'bert', got 'roberta'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),
         ({"hidden_act": "swish"}, "config['hidden_act'] must be one of gelu, "),
-        ({"hidden_size": None}, "config['hidden_size'] must be an integer, got None"),
+        ({"hidden_size": None}, "config['hidden_size'] must be a positive integer, got None"),
     ],
 )
 def test_configurations_that_are_refused(change: dict[str, object], message: str) -> None:
