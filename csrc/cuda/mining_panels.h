@@ -13,8 +13,13 @@
 namespace pymm::cuda {
 
 constexpr int kMineThreads = 256;
-constexpr int kSortedOnChip = 2048;  // candidates that are sorted in shared memory
-constexpr int64_t kPanelBytes = int64_t{64} << 20;
+// Candidates that are sorted in shared memory, and the size of a panel. Tests make both small, to see what is beyond.
+#if !defined(PYMM_SORTED_ON_CHIP)
+#define PYMM_SORTED_ON_CHIP 2048
+#define PYMM_PANEL_BYTES (int64_t{64} << 20)
+#endif
+constexpr int kSortedOnChip = PYMM_SORTED_ON_CHIP;
+constexpr int64_t kPanelBytes = PYMM_PANEL_BYTES;
 
 // A candidate: a positive `at`, a negative n + `at`, or what is neither, which is sorted last.
 template <class Acc>

@@ -27,6 +27,7 @@ def load_emulated(sources: Iterable[Path], folder: Path) -> None:
     # To glibc's checks a switch of fibers looks like a jump into a function that has returned.
     command += ["-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-psabi", "-isystem", str(root / "include")]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-x", "c++", "-c"]
+    command += ["-DPYMM_SORTED_ON_CHIP=128", "-DPYMM_PANEL_BYTES=65536"]  # csrc/cuda/mining_panels.h
 
     def run(*arguments: str) -> None:
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
