@@ -17,7 +17,8 @@ template <class T, bool kTurnedA, bool kTurnedB, class A, class B, class Store>
 PYMM_GLOBAL PYMM_EVERY_REGISTER(kGatherThreads) void tensor_product_kernel(A a, B b, Store store, int64_t rows,
                                                                            int64_t columns, int64_t depth) {
   PYMM_DYNAMIC_SHARED(shared);
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * kTile, column = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t across = (columns + kTile - 1) / kTile;
+  const int64_t row = blockIdx.x / across * kTile, column = blockIdx.x % across * kTile;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarp;
   const int own_row = warp / 2 * 32, own_column = warp % 2 * 32;
   const auto fetch = [&](int64_t k, int stage) {
@@ -84,7 +85,8 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_product_kernel(A a, B b
                                                                         int64_t columns, int64_t depth) {
   using Acc = Accumulator<T>;
   PYMM_SHARED Slabs<Acc> slabs;
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * kTile, column = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t across = (columns + kTile - 1) / kTile;
+  const int64_t row = blockIdx.x / across * kTile, column = blockIdx.x % across * kTile;
   Acc sums[kEach][kEach] = {};
   add_product(
       slabs, depth, kTurnedA,
@@ -104,12 +106,16 @@ template <class T, bool kTurnedA, bool kTurnedB, class A, class B, class Store>
 void gathered_product(const Stream& stream, const A& a, const B& b, const Store& store, int64_t rows, int64_t columns,
                       int64_t depth) {
   if (rows == 0 || columns == 0) return;
+  // Neighbouring blocks share their rows, of which there are more than L2 holds.
+  const int64_t blocks = ceil_div(rows, kTile) * ceil_div(columns, kTile);
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "patch_embed: the call has too many tiles");
+  const dim3 grid(static_cast<unsigned>(blocks));
   if constexpr (sizeof(T) == 2) {
-    PYMM_LAUNCH_SHARED((tensor_product_kernel<T, kTurnedA, kTurnedB, A, B, Store>), tiles(rows, columns),
-                       dim3(kGatherThreads), kGatherBytes, stream, a, b, store, rows, columns, depth);
+    PYMM_LAUNCH_SHARED((tensor_product_kernel<T, kTurnedA, kTurnedB, A, B, Store>), grid, dim3(kGatherThreads),
+                       kGatherBytes, stream, a, b, store, rows, columns, depth);
   } else {
-    PYMM_LAUNCH((exact_product_kernel<T, kTurnedA, kTurnedB, A, B, Store>), tiles(rows, columns), dim3(kSide, kSide),
-                stream, a, b, store, rows, columns, depth);
+    PYMM_LAUNCH((exact_product_kernel<T, kTurnedA, kTurnedB, A, B, Store>), grid, dim3(kSide, kSide), stream, a, b,
+                store, rows, columns, depth);
   }
 }
 

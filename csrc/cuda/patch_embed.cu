@@ -102,6 +102,7 @@ struct Inputs {
                     ": pixels must be uint8 or of weight's type");
     channels = weight.size(0);
     numbers = weight.size(1) * weight.size(2) * weight.size(3);
+    STD_TORCH_CHECK(numbers <= INT32_MAX, kOp, ": a patch has too many numbers");
     grid = {pixels.size(0),
             0,
             0,

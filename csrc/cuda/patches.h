@@ -57,14 +57,16 @@ struct Pixels {
     const int64_t n = grid.patch(row);
     return row / grid.shown * batch + n / grid.columns * grid.height * line + n % grid.columns * grid.width * column;
   }
-  PYMM_DEVICE int64_t offset(int64_t i) const {
-    const int64_t area = grid.height * grid.width;
-    return i / area * channel + i % area / grid.width * line + i % grid.width * column;
+  PYMM_DEVICE int64_t offset(int64_t number) const {
+    // A patch has fewer than 2^31 numbers, and 64-bit divisions are slow.
+    const uint32_t i = static_cast<uint32_t>(number), across = static_cast<uint32_t>(grid.width);
+    const uint32_t area = static_cast<uint32_t>(grid.height) * across;
+    return i / area * channel + i % area / across * line + i % across * column;
   }
   PYMM_DEVICE T value(int64_t at, int64_t i) const {
     if (!bytes && mean == nullptr && std == nullptr) return static_cast<const T*>(p)[at];
     Acc x = bytes ? Acc(static_cast<const uint8_t*>(p)[at]) / Acc(255) : Acc(to_float(static_cast<const T*>(p)[at]));
-    const int64_t c = i / (grid.height * grid.width);
+    const uint32_t c = static_cast<uint32_t>(i) / static_cast<uint32_t>(grid.height * grid.width);
     if (mean != nullptr) x -= mean[c];
     if (std != nullptr) x /= std[c];
     return from_float(x, T{});
