@@ -2,9 +2,10 @@
 //
 // Parallel over blocks of planes, which are an image's channels. On chip: a block of planes stays in L2 while the
 // image's boxes pass; a box's weights, made once, serve the planes of the block. Bytes: each plane is read once and
-// each bin written once, and backward the other way round. Backward adds the boxes to a plane in their order, in the
-// thread that owns it, so there are no atomics and the result does not depend on the threads. Ragged edges: spans of
-// columns are whole registers wherever the plane is as wide as one.
+// each bin written once, and backward the other way round. Features whose channels are neighbours in memory are read as
+// they lie, box by box, in parallel over the boxes; a pixel is read for every box that it is in. Backward adds the
+// boxes to a plane in their order, in the thread that owns it, so there are no atomics and the result does not depend
+// on the threads. Ragged edges: spans of columns are whole registers wherever the plane is as wide as one.
 #include <algorithm>
 #include <cmath>
 
@@ -90,6 +91,17 @@ class Boxes {
 
   int64_t most_rows() const { return most_rows_; }  // accumulators that forward needs for its rows of bins
 
+  int64_t most_columns() const { return most_columns_; }  // of a box, that have a weight
+
+  // f(box, its index in the call, its image) for boxes [begin, end) of the order.
+  template <class F>
+  void some(int64_t begin, int64_t end, F&& f) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = given_.index[static_cast<size_t>(i)];
+      f(boxes_[static_cast<size_t>(i)], k, static_cast<int64_t>(given_.values[static_cast<size_t>(k * 5)]));
+    }
+  }
+
   // f(box, its index in the call) for each box of an image, in order.
   template <class F>
   void each(int64_t image, F&& f) const {
@@ -135,6 +147,7 @@ class Boxes {
     place.matrix = weights_.size();
     if (!columns_.empty()) matrix(box, backward);
     most_rows_ = max_of(most_rows_, box.bins_h * box.span);
+    most_columns_ = max_of(most_columns_, box.columns);
     boxes_.push_back(box);
     places_.push_back(place);
   }
@@ -169,13 +182,32 @@ class Boxes {
   }
 
   BoxRows<Acc> given_;
-  int64_t height_, width_, most_rows_ = 0;
+  int64_t height_, width_, most_rows_ = 0, most_columns_ = 0;
   std::vector<Tap<Acc>> rows_, columns_;
   std::vector<int32_t> ints_;
   std::vector<Acc> weights_;
   std::vector<RoiBox<Acc>> boxes_;
   std::vector<Place> places_;
 };
+
+// Whether the channels of a pixel are neighbours, as in channels_last, and its pixels are not.
+bool channels_last(const Tensor& features) { return features.stride(1) == 1 && !features.is_contiguous(); }
+
+// Reads the features as they lie. Parallel over boxes, which share nothing that is written.
+template <class T>
+void forward_last(const Boxes<Accumulator<T>>& all, const Tensor& features, int64_t count, const Options& o,
+                  const Tensor& out) {
+  const RoiAlign& loops = roi_align_for(pymm::dtype_of(features, kOp));
+  const int64_t channels = features.size(1), bins = o.bins_h * o.bins_w;
+  const int64_t image_stride = features.stride(0), row_stride = features.stride(2), pixel_stride = features.stride(3);
+  parallel_ranges(count, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch((all.most_columns() + bins) * kRegister);
+    all.some(begin, end, [&](const RoiBox<Accumulator<T>>& box, int64_t k, int64_t image) {
+      loops.forward_last(&box, data<T>(features) + image * image_stride, row_stride, pixel_stride, channels,
+                         scratch.as<char>(), data<T>(out) + k * channels * bins);
+    });
+  });
+}
 
 Tensor forward(const Tensor& features_in, const Tensor& boxes_in, int64_t bins_h, int64_t bins_w, double scale,
                int64_t sampling, bool aligned) {
@@ -184,12 +216,14 @@ Tensor forward(const Tensor& features_in, const Tensor& boxes_in, int64_t bins_h
   const int64_t count = boxes_in.size(0), channels = features_in.size(1);
   Tensor out = empty({count, channels, bins_h, bins_w}, features_in);
   if (out.numel() == 0) return out;
-  const Tensor features = dense(features_in), boxes = dense(boxes_in);
+  const bool last = channels_last(features_in);
+  const Tensor features = last ? features_in : dense(features_in), boxes = dense(boxes_in);
   const int64_t images = features.size(0), height = features.size(2), width = features.size(3);
   const DType dtype = pymm::dtype_of(features, kOp);
   dispatch(dtype, [&]<class T>() {
     using Acc = Accumulator<T>;
     const Boxes<Acc> all(boxes, o, images, height, width, false);
+    if (last) return forward_last<T>(all, features, count, o, out);
     const RoiAlign& loops = roi_align_for(dtype);
     const int64_t area = height * width, bins = bins_h * bins_w;
     each_plane_block(images, channels, area * static_cast<int64_t>(sizeof(T)),

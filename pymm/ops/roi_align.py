@@ -37,7 +37,8 @@ def roi_align(
     bilinear. A sample more than a pixel outside the map is 0, and one nearer to it is on its border.
 
     Args:
-        features: `(N, C, H, W)`, float32, bfloat16, float16 or float64, in any layout.
+        features: `(N, C, H, W)`, float32, bfloat16, float16 or float64, in any layout; `channels_last` is
+            read as it lies, and other layouts that are not dense are copied.
         boxes: `(K, 5)`, the image's index and `x1, y1, x2, y2`, or for each image a tensor `(L, 4)` of
             `x1, y1, x2, y2`; of features' type, or float32 for features of 16 bits.
         output_size: `(P, Q)`, the bins of a box, or one number for both.
@@ -214,7 +215,7 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         args = (rand(1, 2, 9, 7), torch.tensor(flat, dtype=dtype), (2, 3), 1.0, -1, aligned)
         yield Sample(f"degenerate, aligned={aligned}", args)
     yield Sample("aligned", (rand(3, 5, 8, 9), boxes(7, 3, 36, 32), 7, 0.25, 2, True))
-    turned = rand(2, 5, 40, 37).to(memory_format=torch.channels_last)
+    turned = rand(2, 19, 40, 37).to(memory_format=torch.channels_last)
     yield Sample("channels last, adaptive", (turned, boxes(9, 2, 74, 80), (7, 9), 0.5, 0))
     yield Sample("many bins", (rand(2, 3, 24, 40), boxes(5, 2, 40, 24), (16, 37), 1.0, 3, True))
     yield Sample("wide", (rand(1, 2, 6, 150), boxes(5, 1, 150, 6), (2, 4)))

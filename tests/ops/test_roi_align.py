@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from pymm import ops
 from pymm.ops import roi_align
@@ -69,6 +70,24 @@ def test_many_images_in_sixteen_bits() -> None:
     features = torch.arange(300.0)[:, None, None, None].expand(300, 1, 4, 4).to(torch.bfloat16)
     boxes = [torch.tensor([[0.0, 0, 3, 3]], dtype=torch.bfloat16)] * 300
     assert torch.equal(roi_align(features, boxes, 1)[:, 0, 0, 0], features[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [2, 16, 37])
+def test_channels_last_is_read_as_it_lies(dtype: torch.dtype, channels: int) -> None:
+    """A part of a larger map, which is dense in no layout, of several images: the same values, no copy."""
+    whole = torch.randn(3, 44, 50, channels + 5, dtype=torch.float64).to(dtype)
+    features = whole[:, 1:-3, 2:-4, 3:-2].permute(0, 3, 1, 2)
+    assert features.stride(1) == 1
+    boxes = boxes_in(70, 3, 88, 80).to(dtype)
+    boxes[:3, 1:] = torch.tensor([-90.0, -90, -50, -50])
+    for bins, ratio in (((7, 7), 2), ((3, 20), -1)):
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            got = roi_align(features, boxes, bins, 0.5, ratio)
+        assert not {"aten::contiguous", "aten::clone", "aten::copy_"} & {e.key for e in seen.key_averages()}
+        expected = roi_align(features.contiguous(), boxes, bins, 0.5, ratio)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, expected)
 
 
 def test_float32_boxes_on_sixteen_bit_features() -> None:

@@ -1,6 +1,8 @@
 // Parallel: nothing here; callers split planes over threads. On chip: the rows of bins of one box and one plane, and a
-// register for each row of bins while the columns pass. Ragged edges: a span that ends before a whole register is read
-// and written in part; lanes beyond the bins of a row hold anything and are not written.
+// register for each row of bins while the columns pass; or, where channels are neighbours, of one row of bins the
+// columns of a register of channels, and a tile of bins that is turned when it is written. Ragged edges: a span that
+// ends before a whole register is read and written in part; lanes beyond the bins of a row hold anything and are not
+// written.
 #include "cpu/simd/roi_align.h"
 
 #include "cpu/simd/vec.h"
@@ -64,6 +66,54 @@ struct Impl {
     }
   }
 
+  // `count` bins from `bin` on of one row of them, a register of channels each.
+  template <int count>
+  static void sum_bins(const Box& box, const Acc* rows, int64_t bin, Acc* out) {
+    V sums[count]{};
+    for (int64_t c = 0; c < box.columns; ++c) {
+      const V x = load(rows + c * lanes);
+      const Acc* w = box.by_column + c * box.bins_w + bin;
+#pragma GCC unroll 8
+      for (int i = 0; i < count; ++i) sums[i] += broadcast(w[i]) * x;
+    }
+    for (int i = 0; i < count; ++i) store(out + (bin + i) * lanes, sums[i]);
+  }
+
+  template <int count>
+  static void sum_bins_of(int64_t left, const Box& box, const Acc* rows, int64_t bin, Acc* out) {
+    if (left >= count) return sum_bins<count>(box, rows, bin, out);
+    if constexpr (count > 1) sum_bins_of<count - 1>(left, box, rows, bin, out);
+  }
+
+  static void forward_last(const void* box_in, const void* image_in, int64_t row_stride, int64_t pixel_stride,
+                           int64_t channels, void* scratch, void* out_in) {
+    const Box& box = *static_cast<const Box*>(box_in);
+    const int64_t bins = box.bins_h * box.bins_w;
+    Acc* tile = static_cast<Acc*>(scratch);
+    Acc* rows = tile + bins * lanes;
+    for (int64_t channel = 0; channel < channels; channel += lanes) {
+      const int64_t count = min_of(lanes, channels - channel);
+      const T* image = static_cast<const T*>(image_in) + box.x * pixel_stride + channel;
+      for (int64_t r = 0; r < box.bins_h; ++r) {
+        for (int64_t c = 0; c < box.columns; ++c) {
+          const T* column = image + box.column[c] * pixel_stride;
+          V sum{};
+          for (int32_t t = box.first_tap[r]; t < box.first_tap[r + 1]; ++t) {
+            sum += broadcast(box.tap_weight[t]) * load_some(column + box.tap_row[t] * row_stride, count);
+          }
+          store(rows + c * lanes, sum);
+        }
+        for (int64_t bin = 0; bin < box.bins_w; bin += kBinRows) {
+          sum_bins_of<kBinRows>(box.bins_w - bin, box, rows, bin, tile + r * box.bins_w * lanes);
+        }
+      }
+      T* out = static_cast<T*>(out_in) + channel * bins;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t bin = 0; bin < bins; ++bin) out[i * bins + bin] = from_acc<T>(tile[bin * lanes + i]);
+      }
+    }
+  }
+
   static void backward(const void* box_in, const void* dout_in, int64_t width, void* grad_in) {
     const Box& box = *static_cast<const Box*>(box_in);
     for (int64_t i = 0; i < box.span; i += lanes) {
@@ -83,7 +133,7 @@ struct Impl {
     }
   }
 
-  static constexpr RoiAlign table{&forward, &backward};
+  static constexpr RoiAlign table{&forward, &forward_last, &backward};
 };
 
 }  // namespace

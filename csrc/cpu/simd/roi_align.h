@@ -26,6 +26,10 @@ struct RoiBox {
 struct RoiAlign {
   // out [bins_h][bins_w] of the type; rows holds bins_h * span accumulators and one register.
   void (*forward)(const void* box, const void* plane, int64_t width, void* rows, void* out);
+  // The same of `channels` channels that are neighbours in memory: out [channels][bins_h][bins_w]; scratch holds
+  // columns + bins_h * bins_w registers of accumulators.
+  void (*forward_last)(const void* box, const void* image, int64_t row_stride, int64_t pixel_stride, int64_t channels,
+                       void* scratch, void* out);
   // grad += Y^T dout X, grad a plane of accumulators.
   void (*backward)(const void* box, const void* dout, int64_t width, void* grad);
 };
