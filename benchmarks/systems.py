@@ -85,11 +85,12 @@ _PAIRS = (
 )
 # At 32 × 32 what a drawing is counts more than how it is drawn, and a step costs less.
 _CAPTIONS = (
-    f"clip {_PAIRS} --data.holdout 0.1 --model.image-size 32 --precision bf16-autocast "
-    "--optimizer.learning-rate 1e-3 --data.augment.crop-scale 0.85 1.0 --data.augment.crop-ratio 0.9 1.11 "
-    "--data.augment.rotate 8 --data.augment.translate 0.05 --data.augment.zoom 0.9 1.12 "
-    "--data.augment.brightness 0.3 --data.augment.contrast 0.3 --data.augment.saturation 0.5 "
-    "--data.augment.hue 0.06 --data.augment.grayscale 0.1 --data.augment.random-background 0.1"
+    "clip --data.source emoji:twemoji,fluent --data.captions name --data.batch-size 128 "
+    "--evaluation.source emoji:noto --data.holdout 0.1 --model.image-size 32 --precision bf16-autocast "
+    "--optimizer.learning-rate 1e-3 --optimizer.weight-decay 0.3 --data.augment.crop-scale 0.85 1.0 "
+    "--data.augment.crop-ratio 0.9 1.11 --data.augment.rotate 8 --data.augment.translate 0.05 "
+    "--data.augment.zoom 0.9 1.12 --data.augment.brightness 0.3 --data.augment.contrast 0.3 "
+    "--data.augment.saturation 0.6 --data.augment.hue 0.1 --data.augment.grayscale 0.2 --data.augment.random-background 0.1"
 )
 
 
@@ -146,7 +147,10 @@ ROWS = (
             f"--optimizer.learning-rate 1e-3 {_EMOJI_RECIPE}"
         ), _LOGISTIC,
     ),
-    _clip("clip-resnet", "CLIP with a ResNet tower, tiny", "--schedule.steps 2000"),
+    _clip(
+        "clip-resnet", "CLIP with a ResNet tower, tiny",
+        "--schedule.steps 2000 --objective.label-smoothing 0.1",
+    ),
     _clip(
         "clip-resnet-triplet", "CLIP with a ResNet tower, tiny, by semi-hard triplets",
         "--schedule.steps 2000 --objective.kind triplet",
@@ -155,7 +159,10 @@ ROWS = (
         "clip-resnet-sigmoid", "CLIP with a ResNet tower, tiny, by the sigmoid loss",
         "--schedule.steps 2000 --model.name clip_rn_tiny_sigmoid --objective.kind sigmoid",
     ),
-    _clip("clip-vit", "CLIP with a ViT tower, tiny", "--schedule.steps 3000 --model.name clip_tiny"),
+    _clip(
+        "clip-vit", "CLIP with a ViT tower, tiny",
+        "--schedule.steps 3000 --objective.label-smoothing 0.1 --model.name clip_tiny",
+    ),
     _clip(
         "clip-vit-triplet", "CLIP with a ViT tower, tiny, by semi-hard triplets",
         "--schedule.steps 3000 --model.name clip_tiny --objective.kind triplet",

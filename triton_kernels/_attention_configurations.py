@@ -89,13 +89,15 @@ def compiled_at(
         f"{k.lower()}={int(v)}" for k, v in options.items() if v
     )
     mask, dropout = bool(options["MASK"]), options["DROPOUT"]
-    for columns in lengths:
-        tile = forward_tile(dtype, d, dv, columns, mask, dropout, varlen)
-        yield _compiled("forward", f"{label} S={columns}", attention_fwd_kernel, dtype,
-                        {**base, **tile, "PACK": False})  # fmt: skip
-    if not varlen:
-        yield _compiled("decoding", label, attention_fwd_kernel, dtype,
-                        {**base, **decode_tile(dtype, d, dv, mask, dropout), "PACK": True})  # fmt: skip
+    for capabilities in ((80,), (90, 100)):
+        for columns in lengths:
+            tile = forward_tile(dtype, d, dv, columns, mask, dropout, varlen, capabilities[0])
+            yield _compiled("forward", f"{label} S={columns}", attention_fwd_kernel, dtype,
+                            {**base, **tile, "PACK": False}, capabilities)  # fmt: skip
+        if not varlen:
+            tile = decode_tile(dtype, d, dv, mask, dropout, capabilities[0])
+            yield _compiled("decoding", label, attention_fwd_kernel, dtype,
+                            {**base, **tile, "PACK": True}, capabilities)  # fmt: skip
     tile = backward_tile(dtype, d, dv, mask, dropout)
     for together in (False, True) if not varlen and max(d, dv) <= 128 else (False,):
         yield _compiled("backward columns" + (" and rows" if together else ""), label,
@@ -105,8 +107,9 @@ def compiled_at(
 
 
 def _compiled(
-    what: str, label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any]
-) -> Compilation:
+    what: str, label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any],
+    capabilities: tuple[int, ...] = (80, 90, 100),
+) -> Compilation:  # fmt: skip
     pointer = POINTERS[dtype]
     options = {k: constants.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in constants}
     mask = "*u8" if constants["MASK"] == BOOL_MASK else pointer
@@ -119,7 +122,7 @@ def _compiled(
     names = set(kernel.arg_names)
     return Compilation(
         f"{what} {label}".strip(), kernel, signature_of(kernel, types, constants),
-        {k: v for k, v in constants.items() if k in names}, options,
+        {k: v for k, v in constants.items() if k in names}, options, capabilities,
     )  # fmt: skip
 
 

@@ -27,11 +27,12 @@ def _widths(dtype: torch.dtype, d: int, dv: int) -> dict[str, int]:
 
 def forward_tile(
     dtype: torch.dtype, d: int, dv: int, columns: int, mask: bool = False, dropout: bool = False,
-    varlen: bool = False,
+    varlen: bool = False, capability: int = 90,
 ) -> dict[str, Any]:  # fmt: skip
     """Of the forward kernel.
 
     A mask's addresses and dropout's words take the registers of whole rows; so, less, do packed sequences.
+    On capability 8.0 rows that are not aligned to 16 bytes pass through registers on their way to the chip.
     """
     widths, wide = _widths(dtype, d, dv), max(d, dv)
     if dtype == torch.float32:
@@ -46,7 +47,8 @@ def forward_tile(
                     "num_warps": 8, "num_stages": 1}  # fmt: skip
     warps = 4 if wide <= 64 and not (mask or dropout or varlen) else 8
     stages = 1 if mask or dropout else 2
-    return {**widths, "WHOLE": False, "BT": 64 if wide <= 128 else 32, "BS": 64 if wide <= 128 else 32,
+    side = 64 if wide <= 128 else 32
+    return {**widths, "WHOLE": False, "BT": side, "BS": side if capability >= 90 else side // 2,
             "BS_TAIL": 0, "num_warps": warps, "num_stages": stages, **EVERY_REGISTER}  # fmt: skip
 
 
@@ -55,11 +57,12 @@ EXACT_TILE = {"BT": 16, "BS": 32, "num_warps": 8, "num_stages": 1, **EVERY_REGIS
 
 
 def decode_tile(
-    dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False
+    dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False, capability: int = 90
 ) -> dict[str, Any]:
     """Of the forward kernel for at most `FEW_ROWS` rows."""
-    tile = forward_tile(dtype, d, dv, WHOLE_ROW + 1, mask, dropout)
-    return {**tile, "BT": FEW_ROWS, "num_warps": 4 if max(d, dv) <= 64 else 8}
+    tile = forward_tile(dtype, d, dv, WHOLE_ROW + 1, mask, dropout, capability=capability)
+    columns = min(tile["BS"], 32) if tile["DT"] or tile["VT"] else tile["BS"]
+    return {**tile, "BT": FEW_ROWS, "BS": columns, "num_warps": 4 if max(d, dv) <= 64 else 8}
 
 
 def backward_tile(
@@ -71,6 +74,6 @@ def backward_tile(
         return {**widths, **EXACT_TILE}
     tails = widths["DT"] or widths["VT"]
     bt = 16 if tails or wide > 128 or mask or dropout else 32
-    bs = 32 if tails or wide > 128 or dropout else 64
+    bs = 32 if tails or wide > 64 or dropout else 64
     stages = 2 if wide <= 32 or wide > 128 or (dropout and not mask) else 1
     return {**widths, "BT": bt, "BS": bs, "num_warps": 8, "num_stages": stages, **EVERY_REGISTER}

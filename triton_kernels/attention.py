@@ -32,7 +32,7 @@ from pymm.triton_kernels._attention_tiles import (
     decode_tile,
     forward_tile,
 )
-from pymm.triton_kernels._common import cdiv, dot_precision, float_only
+from pymm.triton_kernels._common import capability, cdiv, dot_precision, float_only
 
 __all__ = ["IMPLEMENTATIONS", "compilations", "limits"]
 
@@ -101,7 +101,8 @@ def _forward(
     if p.shared * p.rows <= FEW_ROWS:
         _decode(p, common, out, lse)
         return out, lse
-    tile = forward_tile(q.dtype, p.width, p.value_width, p.columns, p.mask, p.dropout)
+    tile = forward_tile(q.dtype, p.width, p.value_width, p.columns, p.mask, p.dropout,
+                        capability=capability(q))  # fmt: skip
     tiles = cdiv(p.rows, tile["BT"])
     attention_fwd_kernel[(tiles * p.batch * p.heads,)](
         **common, p_out=out, p_lse=lse, TILES=tiles, H=p.heads, CHUNK=p.columns,
@@ -111,7 +112,7 @@ def _forward(
 
 
 def _decode(p: Problem, common: dict[str, Any], out: Tensor, lse: Tensor) -> None:
-    tile = decode_tile(out.dtype, p.width, p.value_width, p.mask, p.dropout)
+    tile = decode_tile(out.dtype, p.width, p.value_width, p.mask, p.dropout, capability(out))
     programs = p.batch * p.groups
     chunks = max(1, min(cdiv(p.columns, CHUNK), 2 * ENOUGH // programs, CHUNKS))
     chunk = cdiv(cdiv(p.columns, chunks), tile["BS"]) * tile["BS"]

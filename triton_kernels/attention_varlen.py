@@ -17,7 +17,7 @@ from pymm.triton_kernels._attention_backward import attention_bwd_columns_kernel
 from pymm.triton_kernels._attention_configurations import EXACT, compiled_at
 from pymm.triton_kernels._attention_forward import attention_fwd_kernel
 from pymm.triton_kernels._attention_tiles import TOGETHER, backward_tile, forward_tile
-from pymm.triton_kernels._common import POINTERS, Compilation, float_only
+from pymm.triton_kernels._common import POINTERS, Compilation, capability, float_only
 from pymm.triton_kernels.attention import Problem, row_sums, strides_of, width_limit
 
 
@@ -53,7 +53,8 @@ def _forward(
     p = packed.problem
     out = q.new_empty((p.rows, p.heads, p.value_width))
     lse = q.new_empty((p.heads, p.rows), dtype=torch.float32)
-    tile = forward_tile(q.dtype, p.width, p.value_width, TOGETHER, dropout=p.dropout, varlen=True)
+    tile = forward_tile(q.dtype, p.width, p.value_width, TOGETHER, dropout=p.dropout, varlen=True,
+                        capability=capability(q))  # fmt: skip
     tiles = packed.tiles(packed.cu_q, p.rows, tile["BT"])
     if lse.numel():
         attention_fwd_kernel[(tiles["TILES"] * p.heads,)](
