@@ -90,7 +90,8 @@ _CAPTIONS = (
     "--optimizer.learning-rate 1e-3 --optimizer.weight-decay 0.3 --data.augment.crop-scale 0.85 1.0 "
     "--data.augment.crop-ratio 0.9 1.11 --data.augment.rotate 8 --data.augment.translate 0.05 "
     "--data.augment.zoom 0.9 1.12 --data.augment.brightness 0.3 --data.augment.contrast 0.3 "
-    "--data.augment.saturation 0.6 --data.augment.hue 0.1 --data.augment.grayscale 0.2 --data.augment.random-background 0.1"
+    "--data.augment.saturation 0.6 --data.augment.hue 0.1 --data.augment.grayscale 0.2 "
+    "--data.augment.random-background 0.1"
 )
 
 
