@@ -22,6 +22,7 @@ from pymm.triton_kernels._attention_tiles import (
     backward_tile,
     decode_tile,
     forward_tile,
+    one_kernel,
 )
 from pymm.triton_kernels._common import POINTERS, Compilation, signature_of
 
@@ -99,7 +100,7 @@ def compiled_at(
             yield _compiled("decoding", label, attention_fwd_kernel, dtype,
                             {**base, **tile, "PACK": True}, capabilities)  # fmt: skip
     tile = backward_tile(dtype, d, dv, mask, dropout)
-    for together in (False, True) if not varlen and max(d, dv) <= 128 else (False,):
+    for together in (False, True) if not varlen and one_kernel(dtype, d, dv, mask, dropout) else (False,):
         yield _compiled("backward columns" + (" and rows" if together else ""), label,
                         attention_bwd_columns_kernel, dtype,
                         {**base, **tile, "TOGETHER": together})  # fmt: skip

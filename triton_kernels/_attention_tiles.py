@@ -48,7 +48,8 @@ def forward_tile(
     warps = 4 if wide <= 64 and not (mask or dropout or varlen) else 8
     stages = 1 if mask or dropout else 2
     side = 64 if wide <= 128 else 32
-    return {**widths, "WHOLE": False, "BT": side, "BS": side if capability >= 90 else side // 2,
+    columns_at_once = side // (2 if mask and dropout else 1) // (1 if capability >= 90 else 2)
+    return {**widths, "WHOLE": False, "BT": side, "BS": columns_at_once,
             "BS_TAIL": 0, "num_warps": warps, "num_stages": stages, **EVERY_REGISTER}  # fmt: skip
 
 
@@ -74,6 +75,11 @@ def backward_tile(
         return {**widths, **EXACT_TILE}
     tails = widths["DT"] or widths["VT"]
     bt = 16 if tails or wide > 128 or mask or dropout else 32
-    bs = 32 if tails or wide > 64 or dropout else 64
+    bs = 32 if tails or wide > 64 or mask or dropout else 64
     stages = 2 if wide <= 32 or wide > 128 or (dropout and not mask) else 1
     return {**widths, "BT": bt, "BS": bs, "num_warps": 8, "num_stages": stages, **EVERY_REGISTER}
+
+
+def one_kernel(dtype: torch.dtype, d: int, dv: int, mask: bool = False, dropout: bool = False) -> bool:
+    """Whether one backward kernel may make dq, dk and dv: where the registers allow it."""
+    return max(d, dv) <= 128 and not (dtype == torch.float32 and mask and dropout)

@@ -31,6 +31,7 @@ from pymm.triton_kernels._attention_tiles import (
     backward_tile,
     decode_tile,
     forward_tile,
+    one_kernel,
 )
 from pymm.triton_kernels._common import capability, cdiv, dot_precision, float_only
 
@@ -162,8 +163,8 @@ def _backward(
     one = {**common, **packed(p.q), "N": 0, **strides_of("dq", dq, "bht")}
     programs = p.batch * p.groups
     short = max(p.rows, p.columns) <= TOGETHER and programs >= ENOUGH
-    narrow = max(p.width, p.value_width) <= 128
-    together = tiles_s == 1 or (tiles_s > 1 and short and narrow)
+    together = tiles_s > 0 and (tiles_s == 1 or short)
+    together &= one_kernel(q.dtype, p.width, p.value_width, p.mask, p.dropout)
     if programs * tiles_s:
         sums = q.new_empty(q.shape if together and tiles_s > 1 else (1,), dtype=torch.float32)
         attention_bwd_columns_kernel[(programs * (1 if together else tiles_s),)](

@@ -86,9 +86,7 @@ def _tile(dtype: torch.dtype) -> dict[str, Any]:
 
 def _options(dtype: torch.dtype, k: int) -> dict[str, int]:
     warps = 4 if k <= 32 else 8
-    if dtype == torch.float32:
-        return {"num_warps": warps, "num_stages": 1, **EVERY_REGISTER}
-    return {"num_warps": warps, "num_stages": 2}
+    return {"num_warps": warps, "num_stages": 1 if dtype == torch.float32 else 2, **EVERY_REGISTER}
 
 
 def _inverse_norms(t: Tensor) -> Tensor:
