@@ -1,5 +1,6 @@
 # The CUDA kernels are a library of their own, loaded only where torch.cuda.is_available(). They are compiled
 # where nvcc is found, against any torch of 2.10 or later, a CPU build included.
+option(PYMM_STRICT_CUDA "Refuse CUDA kernels that spill registers, whatever the GPU" OFF)
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 include(CheckLanguage)
 check_language(CUDA)
@@ -17,6 +18,9 @@ else()
   target_include_directories(pymm_cuda SYSTEM PRIVATE ${PYMM_TORCH_INCLUDES})
   target_compile_definitions(pymm_cuda PRIVATE ${PYMM_TORCH_DEFINITIONS} USE_CUDA)
   target_compile_options(pymm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  if(PYMM_STRICT_CUDA)
+    target_compile_options(pymm_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=--warn-on-spills>)
+  endif()
   set_target_properties(pymm_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_STANDARD 20)
   target_link_libraries(pymm_cuda PRIVATE ${PYMM_TORCH_LIBRARIES})
   install(TARGETS pymm_cuda LIBRARY DESTINATION pymm)

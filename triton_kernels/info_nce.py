@@ -42,8 +42,9 @@ def _tile(dtype: torch.dtype, teacher: bool, backward: bool, capability: int) ->
     """Rows, columns and depth of a tile: the largest that spills no register on a GPU of this capability."""
     if dtype == torch.float32:
         return {"BA": 64, "BC": 32 if teacher else 64, "BE": 16}
-    wide = not teacher and (backward or capability < 100)
-    return {"BA": 64, "BC": 128 if wide else 64, "BE": 32}
+    if capability >= 100 and not backward:
+        return {"BA": 64, "BC": 32 if teacher else 64, "BE": 32}
+    return {"BA": 64, "BC": 64 if teacher else 128, "BE": 32}
 
 
 def _options(dtype: torch.dtype, teacher: bool, backward: bool) -> dict[str, int]:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pymm.triton_kernels._common import (
+    EVERY_REGISTER,
     POINTERS,
     Compilation,
     capability,
@@ -145,9 +146,11 @@ def _tile(dtype: torch.dtype, bare: bool, capability: int) -> dict[str, Any]:
     bare: without an epilogue, which takes registers for its addresses.
     """
     if dtype == torch.float32:
-        return {"GROUP": GROUP, "BM": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
+        return {"GROUP": GROUP, "BM": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2,
+                **EVERY_REGISTER}  # fmt: skip
     rows = 128 if bare or capability >= 90 else 64
-    return {"GROUP": GROUP, "BM": rows, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3}
+    return {"GROUP": GROUP, "BM": rows, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3,
+            **EVERY_REGISTER}  # fmt: skip
 
 
 def _product(
@@ -236,7 +239,7 @@ def compilations() -> Iterator[Compilation]:
                 every = name is not None
                 for capabilities in ((80,), (90, 100)):
                     tile = _tile(dtype, not every, capabilities[0])
-                    options = {k: tile.pop(k) for k in ("num_warps", "num_stages")}
+                    options = {k: tile.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
                     constants = {"ACTIVATION": number, "BIAS": every, "RESIDUAL": every, "KEEP": every,
                                  "PRECISION": precision, **tile}  # fmt: skip
                     yield Compilation(

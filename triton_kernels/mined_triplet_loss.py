@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pymm.triton_kernels._common import (
+    EVERY_REGISTER,
     POINTERS,
     Compilation,
     cdiv,
@@ -100,10 +101,10 @@ def _tile(dtype: torch.dtype) -> dict[str, Any]:
 
 def _options(dtype: torch.dtype) -> dict[str, int]:
     """Of the search for the hardest."""
-    return {"num_warps": 8, "num_stages": 1 if dtype == torch.float32 else 2}
+    return {"num_warps": 8, "num_stages": 1 if dtype == torch.float32 else 2, **EVERY_REGISTER}
 
 
-PANEL_OPTIONS = {"num_warps": 8, "num_stages": 2}
+PANEL_OPTIONS = {"num_warps": 8, "num_stages": 2, **EVERY_REGISTER}
 
 
 def _inverse_norms(t: Tensor) -> Tensor:
