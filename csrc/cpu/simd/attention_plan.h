@@ -6,6 +6,7 @@
 namespace pymm::PYMM_ISA {
 
 constexpr int64_t kBackwardRows = 320, kChunkColumns = 320;  // multiples of 64
+constexpr int64_t kRowsAhead = 8;                            // that are fetched
 
 // An odd number of cache lines, so that rows above each other do not fall into one set of L1.
 template <class U>
@@ -92,7 +93,13 @@ inline float power_for(float bound) {
   return bit_cast<float>(static_cast<uint32_t>(14 - exponent + 127) << 23);
 }
 
-// Each row's log-sum-exp in powers of two, infinity where it attends nowhere, and sum(dout * out) - dlse.
+template <class T>
+inline void fetch_row(const T* row, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// Each row's log-sum-exp in powers of two, infinity where it attends nowhere, and sum(dout * out) - dlse. Waiting for
+// dout and out, it fetches what is packed next.
 template <class T>
 void row_statistics(const AttentionCall& call, const AttentionHead& head, const AttentionBackward& with,
                     BackwardPlan<T>& plan, int64_t first, int64_t columns) {
@@ -109,6 +116,15 @@ void row_statistics(const AttentionCall& call, const AttentionHead& head, const 
     const Acc* dlse = with.dlse ? static_cast<const Acc*>(with.dlse) + at : nullptr;
     for (int64_t i = 0; i < run; ++i) {
       const T *g = with.dout.at<T>(query_head, t + i), *o = with.out.at<T>(query_head, t + i);
+      if (i + kRowsAhead < run) {
+        fetch_row(with.dout.at<T>(query_head, t + i + kRowsAhead), call.dv);
+        fetch_row(with.out.at<T>(query_head, t + i + kRowsAhead), call.dv);
+      }
+      fetch_row(head.q.at<T>(query_head, t + i), call.d);
+      if (done + i < min_of(columns, kChunkColumns)) {
+        fetch_row(head.k.at<T>(0, first + done + i), call.d);
+        fetch_row(head.v.at<T>(0, first + done + i), call.dv);
+      }
       V sum{}, squares{};
       for (int64_t d = 0; d < call.dv; d += lanes) {
         const V value = load_some(g + d, call.dv - d);
