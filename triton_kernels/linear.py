@@ -22,7 +22,6 @@ from pymm.triton_kernels._common import (
     EVERY_REGISTER,
     POINTERS,
     Compilation,
-    capability,
     cdiv,
     dot_precision,
     float_only,
@@ -140,15 +139,15 @@ def linear_slope_kernel(p_dout, p_pre, p_dz, NUMBERS, ACTIVATION: tl.constexpr, 
 BLOCK = 1024
 
 
-def _tile(dtype: torch.dtype, bare: bool, capability: int) -> dict[str, Any]:
-    """The largest tile that spills no register on a GPU of this capability, and the launch's options.
+def _tile(dtype: torch.dtype, bare: bool) -> dict[str, Any]:
+    """The largest tile that spills no register on any GPU, and the launch's options.
 
     bare: without an epilogue, which takes registers for its addresses.
     """
     if dtype == torch.float32:
         return {"GROUP": GROUP, "BM": 64, "BN": 64, "BK": 16, "num_warps": 8, "num_stages": 2,
                 **EVERY_REGISTER}  # fmt: skip
-    rows = 128 if bare or capability >= 90 else 64
+    rows = 128 if bare else 64
     return {"GROUP": GROUP, "BM": rows, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 3,
             **EVERY_REGISTER}  # fmt: skip
 
@@ -160,7 +159,7 @@ def _product(
     """`out = a b^T` with the epilogue, of matrices; out and pre are dense."""
     m, n = out.shape
     bare = bias is None and activation is None and residual is None
-    tile = _tile(a.dtype, bare, capability(a))
+    tile = _tile(a.dtype, bare)
     if m and n:
         linear_product_kernel[(cdiv(m, tile["BM"]) * cdiv(n, tile["BN"]),)](
             a, b, _or(bias, out), _or(residual, out), _or(pre, out), out, m, n, a.shape[1],
@@ -237,19 +236,17 @@ def compilations() -> Iterator[Compilation]:
             usual = dtype == torch.bfloat16
             for number, name in enumerate(ACTIVATIONS if usual else ACTIVATIONS[:2]):
                 every = name is not None
-                for capabilities in ((80,), (90, 100)):
-                    tile = _tile(dtype, not every, capabilities[0])
-                    options = {k: tile.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
-                    constants = {"ACTIVATION": number, "BIAS": every, "RESIDUAL": every, "KEEP": every,
-                                 "PRECISION": precision, **tile}  # fmt: skip
-                    yield Compilation(
-                        f"product {dtype} {precision} {name or 'bare'}",
-                        linear_product_kernel,
-                        signature_of(linear_product_kernel, types, constants),
-                        constants,
-                        options,
-                        capabilities,
-                    )
+                tile = _tile(dtype, not every)
+                options = {k: tile.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
+                constants = {"ACTIVATION": number, "BIAS": every, "RESIDUAL": every, "KEEP": every,
+                             "PRECISION": precision, **tile}  # fmt: skip
+                yield Compilation(
+                    f"product {dtype} {precision} {name or 'bare'}",
+                    linear_product_kernel,
+                    signature_of(linear_product_kernel, types, constants),
+                    constants,
+                    options,
+                )
         for number, name in enumerate(ACTIVATIONS[1:] if usual else ACTIVATIONS[1:2], 1):
             constants = {"ACTIVATION": number, "BLOCK": BLOCK}
             yield Compilation(
