@@ -26,6 +26,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #define PYMM_DEVICE __device__ __forceinline__
+#define PYMM_ANYWHERE __host__ __device__
 #define PYMM_GLOBAL __global__
 #define PYMM_SHARED __shared__
 #define PYMM_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -34,7 +35,7 @@
 #define PYMM_UNROLL _Pragma("unroll")
 #define PYMM_PRAGMA(text) _Pragma(#text)
 #define PYMM_UNROLL_BY(n) PYMM_PRAGMA(unroll n)
-#define PYMM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+#define PYMM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 // A thread may have every register: otherwise the assembler may spill a few to fit another block beside this one.
 #define PYMM_EVERY_REGISTER(threads) __launch_bounds__(threads, 1)
 #define PYMM_TRAP() __trap()
@@ -106,6 +107,11 @@ PYMM_DEVICE double to_float(double x) { return x; }
 PYMM_DEVICE float from_float(float x, float) { return x; }
 PYMM_DEVICE double from_float(double x, double) { return x; }
 
+// At least so many blocks of 256 threads at once on a multiprocessor, for PYMM_LAUNCH_BOUNDS. One where sums are
+// doubles: left alone, the assembler spills some of them to fit a second block.
+template <class T>
+constexpr int kBlocksAtOnce = std::is_same_v<T, double> ? 1 : 2;
+
 // float for the types of up to 32 bits, double for double.
 template <class T>
 struct AccumulatorOf {
@@ -118,7 +124,7 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYMM_ANYWHERE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 T* data(const Tensor& t) {

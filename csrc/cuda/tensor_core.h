@@ -94,17 +94,18 @@ PYMM_DEVICE void wait_for_copies() {
 }
 #endif
 
-// The sum, the largest of `width` neighbouring lanes, the same in each of them; `width` a power of two up to 32.
-template <int width = kWarp, class V>
+// The sum, the largest of `width` neighbouring lanes, the same in each of them; `width` a power of two up to 32. With
+// `step`, only of the lanes whose numbers agree modulo it.
+template <int width = kWarp, int step = 1, class V>
 PYMM_DEVICE V warp_sum(V value) {
   PYMM_UNROLL
-  for (int mask = width / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  for (int mask = width / 2; mask >= step; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
-template <int width = kWarp, class V>
+template <int width = kWarp, int step = 1, class V>
 PYMM_DEVICE V warp_max(V value) {
   PYMM_UNROLL
-  for (int mask = width / 2; mask > 0; mask /= 2) {
+  for (int mask = width / 2; mask >= step; mask /= 2) {
     const V other = shuffle_xor(value, mask);
     value = value > other ? value : other;
   }

@@ -68,9 +68,10 @@ struct Product {
 };
 
 template <class A, class B, class Out, class Acc>
-PYMM_GLOBAL PYMM_LAUNCH_BOUNDS(kSide* kSide) void product_kernel(const A* a, const B* b, Out* c, const Acc* row_scale,
-                                                                 const Acc* column_scale, const Acc* depth_scale,
-                                                                 Product p) {
+PYMM_GLOBAL PYMM_LAUNCH_BOUNDS(kSide* kSide,
+                               kBlocksAtOnce<Acc>) void product_kernel(const A* a, const B* b, Out* c,
+                                                                       const Acc* row_scale, const Acc* column_scale,
+                                                                       const Acc* depth_scale, Product p) {
   PYMM_SHARED Slabs<Acc> slabs;
   const int tx = static_cast<int>(threadIdx.x), ty = static_cast<int>(threadIdx.y);
   const int64_t batch = blockIdx.z, row = static_cast<int64_t>(blockIdx.y) * kTile;

@@ -23,7 +23,15 @@ def load_emulated(sources: Iterable[Path], folder: Path) -> None:
     if compiler is None:
         pytest.skip("needs g++")
     root = Path(torch.__file__).parent
-    command = [compiler, "-std=c++20", "-O2", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{FOLDER}"]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{FOLDER}",
+    ]
     # To glibc's checks a switch of fibers looks like a jump into a function that has returned.
     command += ["-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-psabi", "-isystem", str(root / "include")]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-x", "c++", "-c"]

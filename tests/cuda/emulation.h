@@ -20,6 +20,7 @@
 #include <vector>
 
 #define PYMM_DEVICE inline
+#define PYMM_ANYWHERE
 #define PYMM_GLOBAL
 #define PYMM_SHARED static
 #define PYMM_DYNAMIC_SHARED(name) unsigned char* const name = ::pymm::emulation::machine.shared()
@@ -27,7 +28,7 @@
 #define PYMM_SYNC_WARP() ::pymm::emulation::sync_warp()
 #define PYMM_UNROLL
 #define PYMM_UNROLL_BY(n)
-#define PYMM_LAUNCH_BOUNDS(threads)
+#define PYMM_LAUNCH_BOUNDS(...)
 #define PYMM_EVERY_REGISTER(threads)
 #define PYMM_TRAP() ::pymm::emulation::machine.fail("a kernel trapped")
 #define PYMM_DISPATCH_KEY CPU
