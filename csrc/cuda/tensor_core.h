@@ -37,6 +37,9 @@ template <class V>
 PYMM_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// Which lanes' `holds` is true, lane 0 in the lowest bit; and how many bits are set.
+PYMM_DEVICE uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
+PYMM_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 // Two values in one register, as `mma` takes them.
 template <class T>

@@ -27,9 +27,11 @@ struct Operand {
   }
 };
 
-template <class T_, int MI_, int NI_>
+// The second operand may be of a narrower type where the float units multiply, which widen what they read.
+template <class T_, int MI_, int NI_, class TB_ = T_>
 struct Tile {
   using T = T_;
+  using TB = TB_;
   using Acc = Accumulator<T>;
   static constexpr int MI = MI_, NI = NI_, kRows = 2 * MI * 16, kColumns = 4 * NI * 8;
   static constexpr int kDepth = on_tensor_cores<T> ? 32 : 16, kStages = 3;
@@ -40,7 +42,7 @@ struct Tile {
   static constexpr int kPitchA = kRows + 2, kPitchB = kColumns + 2;
   static constexpr int kBytes =
       on_tensor_cores<T> ? kStages * (kSlabA + kSlabB) : kDepth * (kPitchA + kPitchB) * static_cast<int>(sizeof(Acc));
-  static_assert(NI % 2 == 0);
+  static_assert(NI % 2 == 0 && (std::is_same_v<T, TB> || !on_tensor_cores<T>));
 
   Acc sums[MI][NI][4];
 
@@ -65,7 +67,7 @@ struct Tile {
 
   // sums = a[row..] . b[column..]^T; `shared` holds kBytes, which are free again afterwards.
   template <bool a_transposed = false, bool b_transposed = false>
-  PYMM_DEVICE void multiply(const Operand<T>& a, int64_t row, const Operand<T>& b, int64_t column, int64_t depth,
+  PYMM_DEVICE void multiply(const Operand<T>& a, int64_t row, const Operand<TB>& b, int64_t column, int64_t depth,
                             unsigned char* shared) {
     each([](int, int, int, int, Acc& sum) { sum = 0; });
     if constexpr (on_tensor_cores<T>) {
@@ -156,8 +158,8 @@ struct Tile {
   }
 
   // A slab in the accumulator's type, the depth across its rows.
-  template <bool transposed, int size, int pitch>
-  PYMM_DEVICE static void fill_floats(const Operand<T>& from, int64_t first, int64_t k, int64_t depth, Acc* slab) {
+  template <bool transposed, int size, int pitch, class From>
+  PYMM_DEVICE static void fill_floats(const Operand<From>& from, int64_t first, int64_t k, int64_t depth, Acc* slab) {
     PYMM_UNROLL_BY(2)
     for (int i = static_cast<int>(threadIdx.x); i < size * kDepth; i += kTileThreads) {
       const int r = transposed ? i % size : i / kDepth, d = transposed ? i / size : i % kDepth;
@@ -168,7 +170,7 @@ struct Tile {
   }
 
   template <bool a_transposed, bool b_transposed>
-  PYMM_DEVICE void multiply_on_float_units(const Operand<T>& a, int64_t row, const Operand<T>& b, int64_t column,
+  PYMM_DEVICE void multiply_on_float_units(const Operand<T>& a, int64_t row, const Operand<TB>& b, int64_t column,
                                            int64_t depth, unsigned char* shared) {
     Acc* const slab_a = reinterpret_cast<Acc*>(shared);
     Acc* const slab_b = slab_a + kDepth * kPitchA;

@@ -25,6 +25,20 @@ V shuffle_xor(V value, int mask) {
   return shuffle(value, lane_id() ^ mask);
 }
 
+inline uint32_t ballot(bool holds) {
+  struct Operands {
+    bool holds;
+    uint32_t result;
+  } mine{holds, 0};
+  emulation::warp_instruction("ballot", mine, [](Operands** all) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(all[lane]->holds) << lane;
+    for (int lane = 0; lane < 32; ++lane) all[lane]->result = bits;
+  });
+  return mine.result;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 template <class T>
 uint32_t pack(float low, float high) {
   const T both[2] = {from_float(low, T{}), from_float(high, T{})};

@@ -78,7 +78,8 @@ Tensor product(const Tensor& a, const Tensor& b, bool a_transposed, bool b_trans
   return c;
 }
 
-// Of each row of 32: the sum, the largest, the sums of groups of 4, and the row rotated by one.
+// Of each row of 32: the sum, the largest, the sums of groups of 4, the row rotated by one, and how many before an
+// element are positive.
 PYMM_GLOBAL void warp_kernel(const float* x, float* out) {
   const int lane = lane_id();
   const float value = x[lane];
@@ -86,10 +87,11 @@ PYMM_GLOBAL void warp_kernel(const float* x, float* out) {
   out[kWarp + lane] = warp_max(value);
   out[2 * kWarp + lane] = warp_sum<4>(value);
   out[3 * kWarp + lane] = shuffle(value, (lane + 1) % kWarp);
+  out[4 * kWarp + lane] = static_cast<float>(count_bits(ballot(value > 0) & ((1u << lane) - 1)));
 }
 
 Tensor warp(const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, {4, kWarp}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(x, {5, kWarp}, ScalarType::Float);
   PYMM_LAUNCH(warp_kernel, dim3(1), dim3(kWarp), Stream(x), data<float>(x), data<float>(out));
   return out;
 }

@@ -34,11 +34,12 @@ def test_product_of_a_warp(primitives, dtype, depth, a_transposed, b_transposed)
 
 def test_shuffles_and_sums(primitives) -> None:
     x = torch.randn(32)
-    total, largest, of_four, rotated = primitives.warp(x)
+    total, largest, of_four, rotated, positive = primitives.warp(x)
     torch.testing.assert_close(total, x.sum().expand(32))
     assert torch.equal(largest, x.max().expand(32))
     torch.testing.assert_close(of_four, x.reshape(8, 4).sum(1).repeat_interleave(4))
     assert torch.equal(rotated, x.roll(-1))
+    assert torch.equal(positive, (x > 0).cumsum(0) - (x > 0).float())
 
 
 def test_a_missing_barrier_shows_in_the_result(primitives) -> None:
