@@ -1,10 +1,12 @@
 // Scaled dot-product attention: which kernel runs which call.
 //
 // bfloat16 and float16 with heads of up to 128 numbers run on tensor cores (attention_tensor.h), everything else on the
-// float units (attention_exact.h). Parallel: one launch over batch, heads and tiles. Backward makes the scores again
-// from q, k and the log-sum-exp, and each gradient is written by the block that owns it.
+// float units (attention_exact.h), packed sequences too. Parallel: one launch over batch, heads and tiles. Backward
+// makes the scores again from q, k and the log-sum-exp, and each gradient is written by the block that owns it.
 #include "cuda/attention_exact.h"
-#include "cuda/attention_tensor.h"
+#include "cuda/attention_launch.h"
+#include "cuda/attention_tensor_backward.h"
+#include "cuda/attention_tensor_forward.h"
 
 namespace pymm::cuda {
 namespace {
@@ -29,87 +31,26 @@ PYMM_GLOBAL void delta_kernel(Call c, HeadRows<const T> dout, HeadRows<const T> 
   if (inside && threadIdx.x % kWarp == 0) delta[row] = dlse == nullptr ? sum : sum - dlse[row];
 }
 
-// A tensor of heads whose last dimension is dense; a copy where it was not.
-Tensor dense_heads(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, kOp, ": q, k and v must have four dimensions");
-  return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
-}
-
 template <class T>
 HeadRows<T> heads_of(const Tensor& x) {
   constexpr int64_t kAligned = 16 / sizeof(T);
+  const int64_t last = x.dim() - 1;
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) % kAligned == 0);
-  return {data<std::remove_const_t<T>>(x), x.stride(0), x.stride(1), x.stride(2), aligned};
+  for (int64_t i = 0; i < last; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) % kAligned == 0);
+  T* p = data<std::remove_const_t<T>>(x);
+  return last == 3 ? HeadRows<T>{p, x.stride(0), x.stride(1), x.stride(2), aligned}
+                   : HeadRows<T>{p, 0, x.stride(1), x.stride(0), aligned};
 }
-
-// (B, H, T, width), stored as (B, T, H, width).
-Tensor rows_first(const Tensor& like, int64_t width) {
-  const std::vector<int64_t> sizes{like.size(0), like.size(2), like.size(1), width};
-  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
-}
-
-struct Inputs {
-  Inputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask_in,
-         const std::optional<Tensor>& padding_in, const std::optional<Tensor>& seed_in, double dropout_p, double scale,
-         int64_t causal)
-      : q(dense_heads(q_in)), k(dense_heads(k_in)), v(dense_heads(v_in)), mask(mask_in), seed(seed_in) {
-    c.batch = q.size(0);
-    c.heads = q.size(1);
-    c.rows = q.size(2);
-    c.width = q.size(3);
-    c.groups = k.size(1);
-    c.columns = k.size(2);
-    c.value_width = v.size(3);
-    STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() && k.size(3) == c.width &&
-                        k.size(0) == c.batch && v.size(0) == c.batch && v.size(1) == c.groups &&
-                        v.size(2) == c.columns && (c.groups > 0 ? c.heads % c.groups == 0 : c.heads == 0),
-                    kOp, ": q, k and v do not fit");
-    if (mask.has_value()) set_mask();
-    if (padding_in.has_value()) {
-      padding = dense(*padding_in);
-      STD_TORCH_CHECK(padding->numel() == c.batch * c.columns, kOp, ": key_padding_mask must be (B, S)");
-      c.padding = data<uint8_t>(*padding);
-    }
-    c.causal = static_cast<int>(causal);
-    c.surplus = causal == 2 ? c.columns - c.rows : 0;
-    if (seed.has_value()) {
-      c.seed = data<int64_t>(*seed);
-      c.threshold = static_cast<int64_t>(nearbyint(dropout_p * 4294967296.0));
-      c.keep = dropout_p < 1 ? 1 / (1 - dropout_p) : 1;
-    }
-    c.scale = scale;
-  }
-  bool empty() const { return c.batch * c.heads == 0; }
-
-  Tensor q, k, v;
-  std::optional<Tensor> mask, padding, seed;
-  Call c;
-
- private:
-  void set_mask() {
-    const ScalarType type = mask->scalar_type();
-    c.mask_kind = type == ScalarType::Bool ? kBoolMask : type == q.scalar_type() ? kBias : kWideBias;
-    STD_TORCH_CHECK(mask->dim() == 4 && (c.mask_kind != kWideBias || type == accumulator_type(q)), kOp,
-                    ": attn_mask must have four dimensions, and be bool, of q's type or of its accumulator's");
-    c.mask = mask->data_ptr();
-    const int64_t full[4] = {c.batch, c.heads, c.rows, c.columns};
-    for (int i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == full[i], kOp, ": attn_mask does not fit the scores");
-      c.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
-    }
-  }
-};
 
 dim3 blocks(int64_t count) {
-  STD_TORCH_CHECK(count <= INT32_MAX, kOp, ": the call has too many tiles");
+  STD_TORCH_CHECK(count <= INT32_MAX, "attention: the call has too many tiles");
   return dim3(static_cast<unsigned>(count));
 }
 
 template <class T>
-void exact_forward(const Stream& stream, const Inputs& in, Tensor& out, Tensor& lse) {
+void exact_forward(const Stream& stream, const AttentionInputs& in, Tensor& out, Tensor& lse) {
   const Call& c = in.c;
-  const int64_t tiles = ceil_div(c.rows, kTile), chunks = c.value_width > kTile ? ceil_div(c.value_width, kTile) : 1;
+  const int64_t tiles = c.row_tiles(), chunks = c.value_width > kTile ? ceil_div(c.value_width, kTile) : 1;
   PYMM_LAUNCH(exact_forward_kernel<T>, blocks(c.batch * c.heads * tiles * chunks), dim3(kSide, kSide), stream, c,
               heads_of<const T>(in.q), heads_of<const T>(in.k), heads_of<const T>(in.v), heads_of<T>(out),
               data<Accumulator<T>>(lse), tiles, chunks);
@@ -127,8 +68,8 @@ void by_width(const Call& c, F&& f) {
 }
 
 template <class T, int kWidth, int kColumns, bool kWhole>
-void launch_forward(const Stream& stream, const Inputs& in, Tensor& out, Tensor& lse) {
-  const int64_t tiles = ceil_div(in.c.rows, kOwnRows);
+void launch_forward(const Stream& stream, const AttentionInputs& in, Tensor& out, Tensor& lse) {
+  const int64_t tiles = in.c.row_tiles();
   PYMM_LAUNCH_SHARED((tensor_forward_kernel<T, kWidth, kColumns, kWhole>), blocks(in.c.batch * in.c.heads * tiles),
                      dim3(kAttentionThreads), (forward_bytes<kWidth, kColumns, kWhole>()), stream, in.c,
                      heads_of<const T>(in.q), heads_of<const T>(in.k), heads_of<const T>(in.v), heads_of<T>(out),
@@ -136,10 +77,10 @@ void launch_forward(const Stream& stream, const Inputs& in, Tensor& out, Tensor&
 }
 
 template <class T, int kWidth>
-void tensor_forward(const Stream& stream, const Inputs& in, Tensor& out, Tensor& lse) {
+void tensor_forward(const Stream& stream, const AttentionInputs& in, Tensor& out, Tensor& lse) {
   if constexpr (kWidth == 64) {
     const Call& c = in.c;
-    if (c.columns > 64 && c.columns <= kWholeColumns && c.mask_kind == kNoMask && c.padding == nullptr &&
+    if (!c.packed() && c.columns > 64 && c.columns <= kWholeColumns && c.mask_kind == kNoMask && c.padding == nullptr &&
         c.seed == nullptr) {
       return launch_forward<T, kWidth, kWholeColumns, true>(stream, in, out, lse);
     }
@@ -147,31 +88,9 @@ void tensor_forward(const Stream& stream, const Inputs& in, Tensor& out, Tensor&
   launch_forward<T, kWidth, 64, false>(stream, in, out, lse);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const std::optional<Tensor>& attn_mask,
-                                   const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed,
-                                   double dropout_p, double scale, int64_t causal) {
-  const Inputs in(q, k, v, attn_mask, key_padding_mask, seed, dropout_p, scale, causal);
-  const Call& c = in.c;
-  const Stream stream(in.q);
-  Tensor out = rows_first(in.q, c.value_width);
-  Tensor lse = torch::stable::new_empty(in.q, std::vector<int64_t>{c.batch, c.heads, c.rows}, accumulator_type(in.q));
-  if (lse.numel() == 0) return {out, lse};
-  dispatch(in.q, kOp, [&]<class T>() {
-    if constexpr (sizeof(T) == 2) {
-      if (fits_tensor_cores(c)) {
-        by_width(c, [&]<int kWidth>() { tensor_forward<T, kWidth>(stream, in, out, lse); });
-        return;
-      }
-    }
-    exact_forward<T>(stream, in, out, lse);
-  });
-  return {out, lse};
-}
-
 template <class T>
 void exact_backward(const Stream& stream, const Call& c, const Gradients<T>& g) {
-  const int64_t tiles_t = ceil_div(c.rows, kTile), tiles_s = ceil_div(c.columns, kTile);
+  const int64_t tiles_t = c.row_tiles(), tiles_s = c.column_tiles();
   const int64_t chunks = c.width > kTile ? ceil_div(c.width, kTile) : 1;
   const int64_t wide = c.width > c.value_width ? c.width : c.value_width;
   const int64_t chunks_s = wide > kTile ? ceil_div(wide, kTile) : 1;
@@ -188,7 +107,7 @@ void exact_backward(const Stream& stream, const Call& c, const Gradients<T>& g) 
 template <class T, int kWidth>
 void tensor_backward(const Stream& stream, const Call& c, const Gradients<T>& g) {
   constexpr int kStream = kWidth == 64 ? 64 : 32;  // what registers hold beside the gradients
-  const int64_t tiles_t = ceil_div(c.rows, kOwnRows), tiles_s = ceil_div(c.columns, kOwnRows);
+  const int64_t tiles_t = c.row_tiles(), tiles_s = c.column_tiles();
   if (tiles_t > 0) {
     PYMM_LAUNCH_SHARED((tensor_backward_kernel<T, kWidth, kStream, false>), blocks(c.batch * c.heads * tiles_t),
                        dim3(kAttentionThreads), (backward_bytes<kWidth, kStream>()), stream, c, g, tiles_t);
@@ -200,10 +119,9 @@ void tensor_backward(const Stream& stream, const Call& c, const Gradients<T>& g)
 }
 
 template <class T>
-void mask_gradient(const Stream& stream, const Call& c, const Gradients<T>& g, const Tensor& mask, Tensor& dmask) {
-  const MaskShape m{mask.size(0), mask.size(1), mask.size(2), mask.size(3)};
+void mask_gradient(const Stream& stream, const Call& c, const Gradients<T>& g, const Tensor& dmask) {
+  const MaskShape m{dmask.size(0), dmask.size(1), dmask.size(2), dmask.size(3)};
   const int64_t tiles_t = ceil_div(m.rows, kTile), tiles_s = ceil_div(m.columns, kTile);
-  static_assert(kOwnRows == kTile);
   if constexpr (sizeof(T) == 2) {
     const auto launch = [&]<int kWidth>() {
       PYMM_LAUNCH_SHARED((tensor_mask_kernel<T, kWidth>), blocks(m.batch * m.heads * tiles_t * tiles_s),
@@ -217,40 +135,36 @@ void mask_gradient(const Stream& stream, const Call& c, const Gradients<T>& g, c
               dmask.data_ptr(), tiles_t, tiles_s);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const std::optional<Tensor>& dlse_in,
-                                                    const Tensor& q, const Tensor& k, const Tensor& v,
-                                                    const Tensor& out_in, const Tensor& lse_in,
-                                                    const std::optional<Tensor>& attn_mask,
-                                                    const std::optional<Tensor>& key_padding_mask,
-                                                    const std::optional<Tensor>& seed, double dropout_p, double scale,
-                                                    int64_t causal, bool want_mask) {
-  const Inputs in(q, k, v, attn_mask, key_padding_mask, seed, dropout_p, scale, causal);
-  const Call& c = in.c;
-  const Stream stream(in.q);
-  const Tensor dout = dense_heads(dout_in), out = dense_heads(out_in), lse = dense(lse_in);
-  const ScalarType acc_type = accumulator_type(in.q);
-  STD_TORCH_CHECK(dout.scalar_type() == in.q.scalar_type() &&
-                      dout.numel() == c.batch * c.heads * c.rows * c.value_width && out.numel() == dout.numel() &&
-                      lse.numel() == c.batch * c.heads * c.rows && lse.scalar_type() == acc_type,
-                  kOp, ": dout, out and lse must be those of forward");
-  const Tensor dlse = dlse_in.has_value() ? dense(*dlse_in) : lse;
-  const Tensor delta = torch::stable::empty_like(lse);
-  Tensor dq = rows_first(in.q, c.width), dk = rows_first(in.k, c.width), dv = rows_first(in.v, c.value_width);
-  Tensor dmask = want_mask
-                     ? torch::stable::new_empty(*in.mask, std::vector<int64_t>{in.mask->size(0), in.mask->size(1),
-                                                                               in.mask->size(2), in.mask->size(3)})
-                     : torch::stable::new_empty(in.q, std::vector<int64_t>{0});
-  if (in.empty()) return {dq, dk, dv, dmask};
-  dispatch(in.q, kOp, [&]<class T>() {
-    using Acc = Accumulator<T>;
-    if (lse.numel() > 0) {
-      PYMM_LAUNCH(delta_kernel<T>, blocks(ceil_div(lse.numel(), kDeltaThreads / kWarp)), dim3(kDeltaThreads), stream, c,
-                  heads_of<const T>(dout), heads_of<const T>(out), dlse_in.has_value() ? data<Acc>(dlse) : nullptr,
-                  data<Acc>(delta));
+}  // namespace
+
+void attention_forward(const Stream& stream, const AttentionInputs& in, Tensor& out, Tensor& lse) {
+  if (lse.numel() == 0) return;
+  dispatch(in.q, in.op, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) {
+      if (fits_tensor_cores(in.c)) {
+        by_width(in.c, [&]<int kWidth>() { tensor_forward<T, kWidth>(stream, in, out, lse); });
+        return;
+      }
     }
-    const Gradients<T> g{heads_of<const T>(in.q), heads_of<const T>(in.k), heads_of<const T>(in.v),
-                         heads_of<const T>(dout), data<Acc>(lse),          data<Acc>(delta),
-                         heads_of<T>(dq),         heads_of<T>(dk),         heads_of<T>(dv)};
+    exact_forward<T>(stream, in, out, lse);
+  });
+}
+
+void attention_backward(const Stream& stream, const AttentionInputs& in, AttentionBackward& tensors) {
+  const Call& c = in.c;
+  tensors.check(in);
+  if (c.batch * c.heads == 0) return;
+  const Tensor delta = torch::stable::empty_like(tensors.lse);
+  dispatch(in.q, in.op, [&]<class T>() {
+    using Acc = Accumulator<T>;
+    const Gradients<T> g{heads_of<const T>(in.q),         heads_of<const T>(in.k), heads_of<const T>(in.v),
+                         heads_of<const T>(tensors.dout), data<Acc>(tensors.lse),  data<Acc>(delta),
+                         heads_of<T>(tensors.dq),         heads_of<T>(tensors.dk), heads_of<T>(tensors.dv)};
+    if (delta.numel() > 0) {
+      PYMM_LAUNCH(delta_kernel<T>, blocks(ceil_div(delta.numel(), kDeltaThreads / kWarp)), dim3(kDeltaThreads), stream,
+                  c, g.dout, heads_of<const T>(tensors.out),
+                  tensors.dlse.has_value() ? data<Acc>(*tensors.dlse) : nullptr, data<Acc>(delta));
+    }
     if constexpr (sizeof(T) == 2) {
       if (fits_tensor_cores(c)) {
         by_width(c, [&]<int kWidth>() { tensor_backward<T, kWidth>(stream, c, g); });
@@ -260,9 +174,77 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout_in, const
     } else {
       exact_backward(stream, c, g);
     }
-    if (dmask.numel() > 0) mask_gradient(stream, c, g, *in.mask, dmask);
+    if (tensors.dmask.has_value() && tensors.dmask->numel() > 0) mask_gradient(stream, c, g, *tensors.dmask);
   });
-  return {dq, dk, dv, dmask};
+}
+
+namespace {
+
+// (B, H, T, width), stored as (B, T, H, width).
+Tensor rows_first(const Tensor& like, int64_t width) {
+  const std::vector<int64_t> sizes{like.size(0), like.size(2), like.size(1), width};
+  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
+}
+
+struct Inputs : AttentionInputs {
+  Inputs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const std::optional<Tensor>& mask_in,
+         const std::optional<Tensor>& padding_in, const std::optional<Tensor>& seed_in, double dropout_p, double scale,
+         int64_t causal)
+      : AttentionInputs(kOp, 4, q_in, k_in, v_in, seed_in, dropout_p, scale, causal), mask(mask_in) {
+    if (mask.has_value()) set_mask();
+    if (padding_in.has_value()) {
+      padding = dense(*padding_in);
+      STD_TORCH_CHECK(padding->numel() == c.batch * c.columns, kOp, ": key_padding_mask must be (B, S)");
+      c.padding = data<uint8_t>(*padding);
+    }
+  }
+
+  std::optional<Tensor> mask, padding;
+
+ private:
+  void set_mask() {
+    const ScalarType type = mask->scalar_type();
+    c.mask_kind = type == ScalarType::Bool ? kBoolMask : type == q.scalar_type() ? kBias : kWideBias;
+    STD_TORCH_CHECK(mask->dim() == 4 && (c.mask_kind != kWideBias || type == accumulator_type(q)), kOp,
+                    ": attn_mask must have four dimensions, and be bool, of q's type or of its accumulator's");
+    c.mask = mask->data_ptr();
+    const int64_t full[4] = {c.batch, c.heads, c.rows, c.columns};
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == full[i], kOp, ": attn_mask does not fit the scores");
+      c.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& attn_mask,
+                                   const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed,
+                                   double dropout_p, double scale, int64_t causal) {
+  const Inputs in(q, k, v, attn_mask, key_padding_mask, seed, dropout_p, scale, causal);
+  const Call& c = in.c;
+  Tensor out = rows_first(in.q, c.value_width);
+  Tensor lse = torch::stable::new_empty(in.q, std::vector<int64_t>{c.batch, c.heads, c.rows}, accumulator_type(in.q));
+  attention_forward(Stream(in.q), in, out, lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optional<Tensor>& dlse,
+                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& out, const Tensor& lse,
+                                                    const std::optional<Tensor>& attn_mask,
+                                                    const std::optional<Tensor>& key_padding_mask,
+                                                    const std::optional<Tensor>& seed, double dropout_p, double scale,
+                                                    int64_t causal, bool want_mask) {
+  const Inputs in(q, k, v, attn_mask, key_padding_mask, seed, dropout_p, scale, causal);
+  const Call& c = in.c;
+  std::vector<int64_t> mask_sizes{0};
+  if (want_mask) mask_sizes = {in.mask->size(0), in.mask->size(1), in.mask->size(2), in.mask->size(3)};
+  const Tensor dmask = torch::stable::new_empty(want_mask ? *in.mask : in.q, mask_sizes);
+  AttentionBackward tensors{
+      dout, out, lse, dlse, rows_first(in.q, c.width), rows_first(in.k, c.width), rows_first(in.v, c.value_width),
+      dmask};
+  attention_backward(Stream(in.q), in, tensors);
+  return {tensors.dq, tensors.dk, tensors.dv, dmask};
 }
 
 }  // namespace

@@ -51,41 +51,31 @@ PYMM_DEVICE void add_weighted(AttentionTile<Acc>& tile, const Rows<Acc, const T>
   }
 }
 
+// The rows of a span from t on, and its columns from s on.
 template <class Acc, class T>
-PYMM_DEVICE Rows<Acc, const T> rows_from(const HeadRows<const T>& x, int64_t b, int64_t h, int64_t first,
-                                         int64_t rows) {
-  return {x.at(b, h) + first * x.row, rows - first, x.row, 1};
+PYMM_DEVICE Rows<Acc, const T> rows_from(const Span& span, const HeadRows<const T>& x, int64_t h, int t) {
+  return {span.row_at(x, h, t), span.rows - t, x.row, 1};
 }
 
-// Stores the numbers of a row from `first` on, times `scale`.
 template <class Acc, class T>
-PYMM_DEVICE void store_tile(const HeadRows<T>& to, int64_t b, int64_t h, int64_t row, int64_t rows, int64_t first,
-                            int64_t width, const Acc (&scale)[kEach], const Acc (&sums)[kEach][kEach]) {
+PYMM_DEVICE Rows<Acc, const T> columns_from(const Span& span, const HeadRows<const T>& x, int64_t h, int s) {
+  return {span.column_at(x, h, s), span.columns - s, x.row, 1};
+}
+
+// Stores the numbers from `first` on of `left` rows, times `scale`; `target` is the tile's first row.
+template <class Acc, class T>
+PYMM_DEVICE void store_tile(T* target, int64_t stride, int left, int first, int64_t width, const Acc (&scale)[kEach],
+                            const Acc (&sums)[kEach][kEach]) {
   const int tx = static_cast<int>(threadIdx.x), ty = static_cast<int>(threadIdx.y);
-  T* target = to.at(b, h);
   PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) {
     PYMM_UNROLL
     for (int j = 0; j < kEach; ++j) {
-      const int64_t r = row + ty + i * kSide, d = first + tx + j * kSide;
-      if (r < rows && d < width) target[r * to.row + d] = from_float(sums[i][j] * scale[i], T{});
+      const int r = ty + i * kSide, d = first + tx + j * kSide;
+      if (r < left && d < width) target[r * stride + d] = from_float(sums[i][j] * scale[i], T{});
     }
   }
 }
-
-// A block's place: tile of rows, chunk of the width, head, batch.
-struct Place {
-  int64_t row, first, h, b;
-  PYMM_DEVICE Place(int64_t tiles, int64_t chunks, int64_t heads) {
-    int64_t i = blockIdx.x;
-    row = i % tiles * kTile;
-    i /= tiles;
-    first = i % chunks * kTile;
-    i /= chunks;
-    h = i % heads;
-    b = i / heads;
-  }
-};
 
 template <class T>
 PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_forward_kernel(Call c, HeadRows<const T> q,
@@ -95,20 +85,22 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_forward_kernel(Call c, 
   using Acc = Accumulator<T>;
   PYMM_SHARED AttentionTile<Acc> tile;
   const int tx = static_cast<int>(threadIdx.x), ty = static_cast<int>(threadIdx.y);
-  const Place at(tiles, chunks, c.heads);
-  const Head<T> head(c, at.b, at.h);
+  const Place at(c.of_rows, tiles, c.heads, chunks);
+  const Span span(c, at.of);
+  if (at.row >= span.rows) return;
+  const Head<T> head(span, at.h);
   const Acc lowest = -static_cast<Acc>(INFINITY);
   Acc sums[kEach][kEach] = {}, top[kEach], total[kEach] = {};
   PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) top[i] = lowest;
-  const int64_t end = c.columns_of(at.row + kTile - 1), key_head = c.key_head(at.h);
-  for (int64_t s = 0; s < end; s += kTile) {
+  const int64_t key_head = c.key_head(at.h);
+  const int end = span.columns_of(at.row + kTile - 1);
+  for (int s = 0; s < end; s += kTile) {
     Acc x[kEach][kEach] = {};
-    add_scores(tile, rows_from<Acc>(q, at.b, at.h, at.row, c.rows), rows_from<Acc>(k, at.b, key_head, s, c.columns),
-               c.width, x);
+    add_scores(tile, rows_from<Acc>(span, q, at.h, at.row), columns_from<Acc>(span, k, key_head, s), c.width, x);
     PYMM_UNROLL
     for (int i = 0; i < kEach; ++i) {
-      const int64_t t = at.row + ty + i * kSide;
+      const int t = at.row + ty + i * kSide;
       Acc higher = top[i];
       PYMM_UNROLL
       for (int j = 0; j < kEach; ++j) {
@@ -128,18 +120,18 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_forward_kernel(Call c, 
       total[i] = total[i] * before + warp_sum<kSide>(sum);
       top[i] = higher;
     }
-    add_weighted(tile, rows_from<Acc>(v, at.b, key_head, s, c.columns), at.first, c.value_width, sums);
+    add_weighted(tile, columns_from<Acc>(span, v, key_head, s), at.first, c.value_width, sums);
   }
   Acc inverse[kEach];
   PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) {
-    const int64_t t = at.row + ty + i * kSide;
+    const int t = at.row + ty + i * kSide;
     inverse[i] = total[i] > 0 ? Acc(1) / total[i] : Acc(0);
-    if (t < c.rows && tx == 0 && at.first == 0) {
-      lse[(at.b * c.heads + at.h) * c.rows + t] = total[i] > 0 ? top[i] + Acc(log(total[i])) : lowest;
+    if (t < span.rows && tx == 0 && at.first == 0) {
+      lse[span.statistics(at.h) + t] = total[i] > 0 ? top[i] + Acc(log(total[i])) : lowest;
     }
   }
-  store_tile(out, at.b, at.h, at.row, c.rows, at.first, c.value_width, inverse, sums);
+  store_tile(span.row_at(out, at.h, at.row), out.row, span.rows - at.row, at.first, c.value_width, inverse, sums);
 }
 
 // The weight that met v, and the gradient of the score, from the products q . k and dout . v; lse and delta of head 0.
@@ -149,12 +141,12 @@ struct ScoreGradient {
   Head<T> head;
   const Acc *lse, *delta;
 
-  PYMM_DEVICE ScoreGradient(const Call& c, const Gradients<T>& g, int64_t b, int64_t h)
-      : head(c, b, h), lse(g.lse + (b * c.heads + h) * c.rows), delta(g.delta + (b * c.heads + h) * c.rows) {}
+  PYMM_DEVICE ScoreGradient(const Span& span, const Gradients<T>& g, int64_t h)
+      : head(span, h), lse(g.lse + span.statistics(h)), delta(g.delta + span.statistics(h)) {}
 
-  PYMM_DEVICE void operator()(int64_t t, int64_t s, Acc dot, Acc dp, Acc& weight, Acc& ds) const {
+  PYMM_DEVICE void operator()(int t, int s, Acc dot, Acc dp, Acc& weight, Acc& ds) const {
     weight = ds = 0;
-    if (t >= head.c.rows || s >= head.c.columns || lse[t] == -static_cast<Acc>(INFINITY)) return;
+    if (t >= head.span.rows || s >= head.span.columns || lse[t] == -static_cast<Acc>(INFINITY)) return;
     const Acc p = exp(head.logit(t, s, dot) - lse[t]), factor = head.factor(t, s);
     weight = p * factor;
     ds = p * (dp * factor - delta[t]);
@@ -167,16 +159,19 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_rows_kernel(Call c, Gra
   using Acc = Accumulator<T>;
   PYMM_SHARED AttentionTile<Acc> tile;
   const int tx = static_cast<int>(threadIdx.x), ty = static_cast<int>(threadIdx.y);
-  const Place at(tiles, chunks, c.heads);
-  const ScoreGradient<T> gradient(c, g, at.b, at.h);
+  const Place at(c.of_rows, tiles, c.heads, chunks);
+  const Span span(c, at.of);
+  if (at.row >= span.rows) return;
+  const ScoreGradient<T> gradient(span, g, at.h);
   Acc dq[kEach][kEach] = {};
-  const int64_t end = c.columns_of(at.row + kTile - 1), key_head = c.key_head(at.h);
-  for (int64_t s = 0; s < end; s += kTile) {
+  const int64_t key_head = c.key_head(at.h);
+  const int end = span.columns_of(at.row + kTile - 1);
+  for (int s = 0; s < end; s += kTile) {
     Acc x[kEach][kEach] = {}, dp[kEach][kEach] = {};
-    const Rows<Acc, const T> keys = rows_from<Acc>(g.k, at.b, key_head, s, c.columns);
-    add_scores(tile, rows_from<Acc>(g.q, at.b, at.h, at.row, c.rows), keys, c.width, x);
-    add_scores(tile, rows_from<Acc>(g.dout, at.b, at.h, at.row, c.rows),
-               rows_from<Acc>(g.v, at.b, key_head, s, c.columns), c.value_width, dp);
+    const Rows<Acc, const T> keys = columns_from<Acc>(span, g.k, key_head, s);
+    add_scores(tile, rows_from<Acc>(span, g.q, at.h, at.row), keys, c.width, x);
+    add_scores(tile, rows_from<Acc>(span, g.dout, at.h, at.row), columns_from<Acc>(span, g.v, key_head, s),
+               c.value_width, dp);
     PYMM_UNROLL
     for (int i = 0; i < kEach; ++i) {
       PYMM_UNROLL
@@ -191,7 +186,7 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_rows_kernel(Call c, Gra
   Acc scale[kEach];
   PYMM_UNROLL
   for (int i = 0; i < kEach; ++i) scale[i] = static_cast<Acc>(c.scale);
-  store_tile(g.dq, at.b, at.h, at.row, c.rows, at.first, c.width, scale, dq);
+  store_tile(span.row_at(g.dq, at.h, at.row), g.dq.row, span.rows - at.row, at.first, c.width, scale, dq);
 }
 
 template <class T>
@@ -200,17 +195,19 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_columns_kernel(Call c, 
   using Acc = Accumulator<T>;
   PYMM_SHARED AttentionTile<Acc> tile;
   const int tx = static_cast<int>(threadIdx.x), ty = static_cast<int>(threadIdx.y);
-  const Place at(tiles, chunks, c.groups);
+  const Place at(c.of_columns, tiles, c.groups, chunks);
+  const Span span(c, at.of);
+  if (at.row >= span.columns) return;
   Acc dk[kEach][kEach] = {}, dv[kEach][kEach] = {};
   const int64_t shared = c.heads / c.groups;
   for (int64_t h = at.h * shared; h < (at.h + 1) * shared; ++h) {
-    const ScoreGradient<T> gradient(c, g, at.b, h);
-    for (int64_t t = c.first_row(at.row) / kTile * kTile; t < c.rows; t += kTile) {
+    const ScoreGradient<T> gradient(span, g, h);
+    for (int t = span.first_row(at.row) / kTile * kTile; t < span.rows; t += kTile) {
       Acc x[kEach][kEach] = {}, dp[kEach][kEach] = {};
-      const Rows<Acc, const T> queries = rows_from<Acc>(g.q, at.b, h, t, c.rows);
-      const Rows<Acc, const T> douts = rows_from<Acc>(g.dout, at.b, h, t, c.rows);
-      add_scores(tile, rows_from<Acc>(g.k, at.b, at.h, at.row, c.columns), queries, c.width, x);
-      add_scores(tile, rows_from<Acc>(g.v, at.b, at.h, at.row, c.columns), douts, c.value_width, dp);
+      const Rows<Acc, const T> queries = rows_from<Acc>(span, g.q, h, t);
+      const Rows<Acc, const T> douts = rows_from<Acc>(span, g.dout, h, t);
+      add_scores(tile, columns_from<Acc>(span, g.k, at.h, at.row), queries, c.width, x);
+      add_scores(tile, columns_from<Acc>(span, g.v, at.h, at.row), douts, c.value_width, dp);
       PYMM_UNROLL
       for (int i = 0; i < kEach; ++i) {
         PYMM_UNROLL
@@ -236,8 +233,9 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_columns_kernel(Call c, 
     scale[i] = static_cast<Acc>(c.scale);
     one[i] = 1;
   }
-  store_tile(g.dk, at.b, at.h, at.row, c.columns, at.first, c.width, scale, dk);
-  store_tile(g.dv, at.b, at.h, at.row, c.columns, at.first, c.value_width, one, dv);
+  const int left = span.columns - at.row;
+  store_tile(span.column_at(g.dk, at.h, at.row), g.dk.row, left, at.first, c.width, scale, dk);
+  store_tile(span.column_at(g.dv, at.h, at.row), g.dv.row, left, at.first, c.value_width, one, dv);
 }
 
 template <class T>
@@ -249,20 +247,20 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_mask_kernel(Call c, Gra
   const int64_t t_tile = blockIdx.x % tiles_t, s_tile = blockIdx.x / tiles_t % tiles_s;
   const int64_t own_h = blockIdx.x / tiles_t / tiles_s % m.heads, own_b = blockIdx.x / tiles_t / tiles_s / m.heads;
   const int64_t b_end = m.batch == 1 ? c.batch : own_b + 1, h_end = m.heads == 1 ? c.heads : own_h + 1;
-  const int64_t t_end = m.rows == 1 ? c.rows : t_tile * kTile + 1,
-                s_end = m.columns == 1 ? c.columns : s_tile * kTile + 1;
+  const int t_first = static_cast<int>(t_tile * kTile), s_first = static_cast<int>(s_tile * kTile);
   Acc sums[kEach][kEach] = {};
   for (int64_t b = own_b; b < b_end; ++b) {
+    const Span span(c, b);
+    const int t_end = m.rows == 1 ? span.rows : t_first + 1, s_end = m.columns == 1 ? span.columns : s_first + 1;
     for (int64_t h = own_h; h < h_end; ++h) {
-      const ScoreGradient<T> gradient(c, g, b, h);
+      const ScoreGradient<T> gradient(span, g, h);
       const int64_t key_head = c.key_head(h);
-      for (int64_t t = t_tile * kTile; t < t_end; t += kTile) {
-        for (int64_t s = s_tile * kTile; s < s_end; s += kTile) {
+      for (int t = t_first; t < t_end; t += kTile) {
+        for (int s = s_first; s < s_end; s += kTile) {
           Acc x[kEach][kEach] = {}, dp[kEach][kEach] = {};
-          add_scores(tile, rows_from<Acc>(g.q, b, h, t, c.rows), rows_from<Acc>(g.k, b, key_head, s, c.columns),
-                     c.width, x);
-          add_scores(tile, rows_from<Acc>(g.dout, b, h, t, c.rows), rows_from<Acc>(g.v, b, key_head, s, c.columns),
-                     c.value_width, dp);
+          add_scores(tile, rows_from<Acc>(span, g.q, h, t), columns_from<Acc>(span, g.k, key_head, s), c.width, x);
+          add_scores(tile, rows_from<Acc>(span, g.dout, h, t), columns_from<Acc>(span, g.v, key_head, s), c.value_width,
+                     dp);
           PYMM_UNROLL
           for (int i = 0; i < kEach; ++i) {
             PYMM_UNROLL
@@ -282,7 +280,7 @@ PYMM_GLOBAL PYMM_EVERY_REGISTER(kSide* kSide) void exact_mask_kernel(Call c, Gra
     for (int j = 0; j < kEach; ++j) tile.weights[ty + i * kSide][tx + j * kSide] = sums[i][j];
   }
   PYMM_SYNC();
-  store_mask<T>(m, own_b, own_h, t_tile * kTile, s_tile * kTile, tile.weights, ty * kSide + tx, kSide * kSide,
+  store_mask<T>(m, own_b, own_h, t_first, s_first, tile.weights, ty * kSide + tx, kSide * kSide,
                 c.mask_kind == kWideBias, dmask);
 }
 

@@ -1,4 +1,4 @@
-"""Attention's kernels for tensor cores at the widths and lengths that the record's samples do not reach."""
+"""Attention's kernels for tensor cores at the widths and lengths that the records' samples do not reach."""
 
 from __future__ import annotations
 
@@ -29,6 +29,38 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
+# The lengths of q's sequences and of k's, then (heads, key heads, D, Dv) and what goes with it.
+PACKED: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "whole tiles among empty ones": ((64, 0, 128), (64, 0, 128), (1, 1, 64, 64), {"is_causal": True}),
+    "tiles that end in each sequence": (
+        (1,) * 9 + (70,),
+        (3, 0, 65) + (2,) * 6 + (90,),
+        (2, 1, 96, 80),
+        {"enable_gqa": True, "return_lse": True},
+    ),
+    "width 128, causal, grouped, dropout": (
+        (33, 65, 0, 7),
+        (100, 20, 5, 64),
+        (4, 2, 128, 128),
+        {"is_causal": True, "causal_alignment": "lower_right", "enable_gqa": True, "dropout_p": 0.4},
+    ),
+    "width 144": ((5, 70), (66, 9), (1, 1, 144, 130), {"return_lse": True}),
+}
+
+
+def _packed(name: str, dtype: torch.dtype) -> Sample:
+    lengths_q, lengths_k, (heads, groups, width, value_width), more = PACKED[name]
+    torch.manual_seed(0)
+    shapes = (
+        (sum(lengths_q), heads, width),
+        (sum(lengths_k), groups, width),
+        (sum(lengths_k), groups, value_width),
+    )
+    tensors = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+    starts = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k))
+    return Sample(name, (*tensors, *starts), more)
+
+
 def _sample(name: str, dtype: torch.dtype) -> Sample:
     (heads, groups, rows, columns, width, value_width), more = CASES[name]
     more = dict(more)
@@ -50,12 +82,33 @@ def _sample(name: str, dtype: torch.dtype) -> Sample:
     return Sample(name, tuple(args), more)
 
 
+def _agrees(op: str, sample: Sample, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = run(REGISTRY[op], sample, dtype=torch.float64, backend="reference")
+    monkeypatch.setattr(_dispatch, "_allowed", lambda kind: ("cuda",))
+    monkeypatch.setattr(_gpu, "problem_of", lambda candidate, op: None)
+    check(REGISTRY[op], sample, dtype, truth, run(REGISTRY[op], sample, backend="cuda"))
+
+
 @pytest.mark.usefixtures("emulated", "poisoned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_tensor_cores(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, sample = REGISTRY["attention"], _sample(name, dtype)
-    truth = run(op, sample, dtype=torch.float64, backend="reference")
-    monkeypatch.setattr(_dispatch, "_allowed", lambda kind: ("cuda",))
-    monkeypatch.setattr(_gpu, "problem_of", lambda candidate, op: None)
-    check(op, sample, dtype, truth, run(op, sample, backend="cuda"))
+    _agrees("attention", _sample(name, dtype), dtype, monkeypatch)
+
+
+@pytest.mark.usefixtures("emulated", "poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    _agrees("attention_varlen", _packed(name, dtype), dtype, monkeypatch)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("offsets", [[1, 4, 6], [0, 7, 6], [0, 4, 5], [0, 4, 7]])
+def test_offsets_that_are_none_end_the_launch(offsets: list[int]) -> None:
+    x, good, bad = torch.zeros(6, 1, 8), torch.tensor([0, 2, 6]), torch.tensor(offsets)
+    run_forward = torch.ops.pymm_cuda.attention_varlen
+    for starts in ((good, bad), (bad, good)):
+        with pytest.raises(RuntimeError, match="trapped"):
+            run_forward(x, x, x, *starts, None, 0.0, 1.0, 0)
+    run_forward(x, x, x, good, good, None, 0.0, 1.0, 0)
