@@ -25,31 +25,30 @@ struct Options {
   bool aligned;
 };
 
-template <class Acc>
 struct Tap {
   int64_t bin;
   int32_t at;
-  Acc weight;
+  double weight;
 };
 
 // The taps of the bins of one axis: sample i of bin b is at start + b size + (i + 1/2) size / grid, and counts 1 /
-// grid. The order of the operations is torchvision's, so that samples fall on the same side of every border.
-template <class Acc>
-void add_taps(Acc start, Acc extent, int64_t bins, int64_t sampling, int64_t length, std::vector<Tap<Acc>>& taps) {
+// grid. In double for every type: a float's place in a plane of 200 columns is known to 1e-5, and so is its weight. The
+// order of the operations is torchvision's, so that samples fall on the same side of every border.
+void add_taps(double start, double extent, int64_t bins, int64_t sampling, int64_t length, std::vector<Tap>& taps) {
   taps.clear();
-  const Acc size = extent / static_cast<Acc>(bins);
-  const Acc samples = sampling > 0 ? static_cast<Acc>(sampling) : std::ceil(size);
+  const double size = extent / static_cast<double>(bins);
+  const double samples = sampling > 0 ? static_cast<double>(sampling) : std::ceil(size);
   if (!(samples > 0) || !std::isfinite(samples) || !std::isfinite(start)) return;
-  const double step = static_cast<double>(size) / static_cast<double>(samples), last = static_cast<double>(samples);
+  const double step = size / samples;
   for (int64_t bin = 0; bin < bins; ++bin) {
-    const Acc origin = start + static_cast<Acc>(bin) * size;
-    double from = 0, to = last;
+    const double origin = start + static_cast<double>(bin) * size;
+    double from = 0, to = samples;
     if (sampling <= 0) {  // of a box far larger than the plane, only the samples that may be inside
-      from = std::max(0.0, std::floor((-1 - static_cast<double>(origin)) / step) - 2);
-      to = std::min(last, std::ceil((static_cast<double>(length) - static_cast<double>(origin)) / step) + 2);
+      from = std::max(0.0, std::floor((-1 - origin) / step) - 2);
+      to = std::min(samples, std::ceil((static_cast<double>(length) - origin) / step) + 2);
     }
     const size_t first = taps.size();
-    const auto add = [&](int64_t at, Acc weight) {
+    const auto add = [&](int64_t at, double weight) {
       const size_t begin = std::max(first, taps.size() < 2 ? 0 : taps.size() - 2);
       for (size_t t = begin; t < taps.size(); ++t) {
         if (taps[t].at == at) {
@@ -60,11 +59,11 @@ void add_taps(Acc start, Acc extent, int64_t bins, int64_t sampling, int64_t len
       taps.push_back({bin, static_cast<int32_t>(at), weight});
     };
     for (double i = from; i < to; ++i) {
-      Acc x = origin + (static_cast<Acc>(i) + Acc{0.5}) * size / samples;
-      if (!(x >= -1 && x <= static_cast<Acc>(length))) continue;
-      x = std::max(x, Acc{0});
+      double x = origin + (i + 0.5) * size / samples;
+      if (!(x >= -1 && x <= static_cast<double>(length))) continue;
+      x = std::max(x, 0.0);
       int64_t low = static_cast<int64_t>(x);
-      const Acc part = low >= length - 1 ? 0 : x - static_cast<Acc>(low);
+      const double part = low >= length - 1 ? 0 : x - static_cast<double>(low);
       low = std::min(low, length - 1);
       add(low, (1 - part) / samples);
       if (part > 0) add(low + 1, part / samples);
@@ -116,13 +115,13 @@ class Boxes {
     size_t first_tap, tap_row, tap_weight, column, matrix;
   };
 
-  void add(const Acc* values, const Options& o, bool backward) {
-    const Acc scale = static_cast<Acc>(o.scale), shift = o.aligned ? Acc{0.5} : Acc{0};
-    const Acc x = values[1] * scale - shift, y = values[2] * scale - shift;
-    Acc w = values[3] * scale - shift - x, h = values[4] * scale - shift - y;
+  void add(const double* values, const Options& o, bool backward) {
+    const double shift = o.aligned ? 0.5 : 0;
+    const double x = values[1] * o.scale - shift, y = values[2] * o.scale - shift;
+    double w = values[3] * o.scale - shift - x, h = values[4] * o.scale - shift - y;
     if (!o.aligned) {
-      w = std::max(w, Acc{1});
-      h = std::max(h, Acc{1});
+      w = std::max(w, 1.0);
+      h = std::max(h, 1.0);
     }
     add_taps(y, h, o.bins_h, o.sampling, height_, rows_);
     add_taps(x, w, o.bins_w, o.sampling, width_, columns_);
@@ -139,9 +138,9 @@ class Boxes {
       ints_.push_back(static_cast<int32_t>(t));
     }
     place.tap_row = ints_.size();
-    for (const Tap<Acc>& t : rows_) {
+    for (const Tap& t : rows_) {
       ints_.push_back(t.at);
-      weights_.push_back(t.weight);
+      weights_.push_back(static_cast<Acc>(t.weight));
     }
     place.column = ints_.size();
     place.matrix = weights_.size();
@@ -155,7 +154,7 @@ class Boxes {
   // X, by columns that have a weight or by bins.
   void matrix(RoiBox<Acc>& box, bool backward) {
     int64_t low = width_, high = 0;
-    for (const Tap<Acc>& t : columns_) {
+    for (const Tap& t : columns_) {
       low = min_of(low, t.at);
       high = max_of(high, t.at + 1);
     }
@@ -164,26 +163,27 @@ class Boxes {
     const size_t base = weights_.size();
     if (backward) {
       weights_.resize(base + static_cast<size_t>(box.bins_w * box.span));
-      for (const Tap<Acc>& t : columns_)
-        weights_[base + static_cast<size_t>(t.bin * box.span + t.at - box.x)] += t.weight;
+      for (const Tap& t : columns_)
+        weights_[base + static_cast<size_t>(t.bin * box.span + t.at - box.x)] += static_cast<Acc>(t.weight);
       return;
     }
     std::vector<int32_t> place(static_cast<size_t>(box.span), -1);
-    for (const Tap<Acc>& t : columns_) place[static_cast<size_t>(t.at - box.x)] = 0;
+    for (const Tap& t : columns_) place[static_cast<size_t>(t.at - box.x)] = 0;
     for (int64_t c = 0; c < box.span; ++c) {
       if (place[static_cast<size_t>(c)] < 0) continue;
       place[static_cast<size_t>(c)] = static_cast<int32_t>(box.columns++);
       ints_.push_back(static_cast<int32_t>(c));
     }
     weights_.resize(base + static_cast<size_t>(box.columns * box.bins_w));
-    for (const Tap<Acc>& t : columns_) {
-      weights_[base + static_cast<size_t>(place[static_cast<size_t>(t.at - box.x)] * box.bins_w + t.bin)] += t.weight;
+    for (const Tap& t : columns_) {
+      weights_[base + static_cast<size_t>(place[static_cast<size_t>(t.at - box.x)] * box.bins_w + t.bin)] +=
+          static_cast<Acc>(t.weight);
     }
   }
 
-  BoxRows<Acc> given_;
+  BoxRows<double> given_;
   int64_t height_, width_, most_rows_ = 0, most_columns_ = 0;
-  std::vector<Tap<Acc>> rows_, columns_;
+  std::vector<Tap> rows_, columns_;
   std::vector<int32_t> ints_;
   std::vector<Acc> weights_;
   std::vector<RoiBox<Acc>> boxes_;
