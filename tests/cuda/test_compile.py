@@ -1,6 +1,6 @@
 """Every CUDA source compiles for each GPU, without spills and without warnings.
 
-`PYMM_COMPILE=all` compiles every kernel for every GPU, which takes ten minutes; otherwise what no build compiles.
+`PYMM_COMPILE=all` compiles every kernel for every GPU, in ten minutes; otherwise only what no build compiles.
 A build with `PYMM_STRICT_CUDA`, as `.ci/run` makes it for one GPU, ends where a register is spilled.
 """
 
