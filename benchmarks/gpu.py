@@ -177,11 +177,8 @@ def gpu_workloads() -> Iterator[tuple[Op, Workload, bool]]:
     yield *of("attention_varlen", f"{len(lengths)} sequences of 50 to 577, H12 D64", gemm, lambda: (
         (*(rand(total, 12, 64) for _ in range(3)), starts.clone(), starts.clone()), {})), False  # fmt: skip
     yield REGISTRY["info_nce"], pairs(262144, 512), False
-    for name in (
-        "roi_align",
-        "roi_pool",
-        "nms",
-    ):  # without a kernel for a GPU: what their references take there
+    # Without a kernel for a GPU: what their references take there.
+    for name in ("roi_align", "roi_pool", "nms"):
         for workload in REGISTRY[name].workloads():
             yield REGISTRY[name], workload, False
 
