@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pymm.layers import Linear, TokenEmbed, transformer_blocks
-from pymm.models.text_network import TextNetwork
+from pymm.models.text_network import TokenTransformer
 from pymm.models.tokened import truncated
 from pymm.ops.linear import Activation
 
 
-class SigLIPText(TextNetwork):
+class SigLIPText(TokenTransformer):
     """A transformer that sees all of a row and is read at its last place (arXiv:2303.15343, sec. 4 and 5).
 
     Padding is not masked, and the last place is padding for all but the longest texts, so rows must be as
@@ -26,36 +26,10 @@ class SigLIPText(TextNetwork):
         head: the projection, with a bias.
     """
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters of two dimensions that an optimizer should not decay."""
-        return {"embed.position"}
-
-    def forward_features(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
-        """Token ids to normalized vectors.
-
-        Args:
-            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size).
-            intermediates: receives `"embed"`, `"blocks.0"`, ..., `"norm"`.
-
-        Returns:
-            `(B, L, C)`.
-        """
-        x = self.embed(tokens)
-        if intermediates is not None:
-            intermediates["embed"] = x
-        x = self.norm(self.blocks(x, intermediates=intermediates))
-        if intermediates is not None:
-            intermediates["norm"] = x
-        return x
-
     def forward_head(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Vectors `(B, L, C)` to the projected last one, `(B, E)`."""
         vector: Tensor = self.head(x[:, -1])
         return vector
-
-    def forward(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
-        """`tokens (B, L)` -> `(B, E)`; `intermediates` as in `forward_features`."""
-        return self.forward_head(self.forward_features(tokens, intermediates=intermediates), tokens)
 
 
 @dataclass(frozen=True)

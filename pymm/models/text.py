@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pymm.layers import Linear, TokenEmbed, transformer_blocks
-from pymm.models.text_network import TextNetwork
+from pymm.models.text_network import TokenTransformer
 from pymm.ops.linear import Activation
 
 
-class TextTransformer(TextNetwork):
+class TextTransformer(TokenTransformer):
     """A causal transformer read at its end token (Radford et al. 2021, arXiv:2103.00020, sec. 2.4).
 
     The end token has the highest id of the vocabulary, so it stands where the ids are largest; what follows
@@ -25,36 +25,12 @@ class TextTransformer(TextNetwork):
         head: the projection.
     """
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters of two dimensions that an optimizer should not decay."""
-        return {"embed.position"}
-
-    def forward_features(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
-        """Token ids to normalized vectors.
-
-        Args:
-            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size).
-            intermediates: receives `"embed"`, `"blocks.0"`, ..., `"norm"`.
-
-        Returns:
-            `(B, L, C)`.
-        """
-        x = self.embed(tokens)
-        if intermediates is not None:
-            intermediates["embed"] = x
-        x = self.norm(self.blocks(x, is_causal=True, intermediates=intermediates))
-        if intermediates is not None:
-            intermediates["norm"] = x
-        return x
+    is_causal = True
 
     def forward_head(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Vectors `(B, L, C)` of `tokens (B, L)` to the projected end token, `(B, E)`."""
         rows = torch.arange(x.shape[0], device=x.device)
         return self.head(x[rows, tokens.argmax(1)])
-
-    def forward(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
-        """`tokens (B, L)` -> `(B, E)`; `intermediates` as in `forward_features`."""
-        return self.forward_head(self.forward_features(tokens, intermediates=intermediates), tokens)
 
 
 def trim(tokens: Tensor) -> Tensor:

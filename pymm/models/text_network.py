@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import ClassVar
+
+from torch import Tensor, nn
 
 from pymm.layers import Blocks, Linear, TokenEmbed
 
@@ -42,3 +44,39 @@ class TextNetwork(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether a block's activations are computed again in the backward pass instead of kept."""
         self.blocks.grad_checkpointing = enable
+
+
+class TokenTransformer(TextNetwork):
+    """Blocks and a norm over tokens, read at one of them: `forward_head` says at which."""
+
+    is_causal: ClassVar[bool] = False
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two dimensions that an optimizer should not decay."""
+        return {"embed.position"}
+
+    def forward_features(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
+        """Token ids to normalized vectors.
+
+        Args:
+            tokens: `(B, L)` int64, L ≤ context_length, ids in [0, vocab_size).
+            intermediates: receives `"embed"`, `"blocks.0"`, ..., `"norm"`.
+
+        Returns:
+            `(B, L, C)`.
+        """
+        x = self.embed(tokens)
+        if intermediates is not None:
+            intermediates["embed"] = x
+        x = self.norm(self.blocks(x, is_causal=self.is_causal, intermediates=intermediates))
+        if intermediates is not None:
+            intermediates["norm"] = x
+        return x
+
+    def forward_head(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Vectors `(B, L, C)` of `tokens (B, L)` to one projected vector of each row, `(B, E)`."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, *, intermediates: dict[str, Tensor] | None = None) -> Tensor:
+        """`tokens (B, L)` -> `(B, E)`; `intermediates` as in `forward_features`."""
+        return self.forward_head(self.forward_features(tokens, intermediates=intermediates), tokens)
