@@ -48,8 +48,10 @@ def test_runs_samples_in_the_interpreter(tmp_path: Path) -> None:
     samples = [s.label for s in REGISTRY["triplet_loss"].samples(torch.float32)]
     samples = [label for label in samples if "many rows" not in label]  # half a minute of the interpreter
     assert sorted({t["sample"] for t in result["tests"]}) == sorted(samples)
-    assert len(result["tests"]) == 3 * len(samples)
-    assert {t["status"] for t in result["tests"]} == {"ok"}
+    assert len(result["tests"]) == 4 * len(samples)
+    # Triton leaves float64 to CUDA C++.
+    found = {(t["dtype"] == "float64", t["status"]) for t in result["tests"]}
+    assert found == {(False, "ok"), (True, "left out")}
 
 
 def test_a_wrong_kernel_is_told(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
